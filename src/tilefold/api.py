@@ -1,0 +1,350 @@
+"""Four verbs: attention, merge, probe, explain; and attention_grad for arrays without autograd.
+
+This is the door: it says what may be asked, hands it to `call.py` to be understood, runs the plan, and gives back
+arrays of the kind that came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from types import SimpleNamespace
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from .arrays import enter_floats, leave
+from .call import DROPOUT, Call, Options, understand
+from .layouts import empty_like, frames
+from .masks import Mask
+from .plan import Plan, backend_of
+from .problem import Has, Problem, Want
+from .replay import Grads, Probe
+from .stats import OnlineStats
+from .tiles import visible_in_band
+
+Array = Any
+
+
+@overload
+def attention(
+    q: Array, k: Array, v: Array = None, mask: Mask | Array | None = None, *, causal: bool = False,
+    window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float | None = None,
+    bias: Array | None = None, alibi: Array | None = None, sinks: Array | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k: Array | None = None, q_lengths: Array | None = None,
+    kv_lengths: Array | None = None, return_lse: Literal[False] = False, probes: tuple[()] = (),
+    out: Array | None = None, invariant: bool = False, backend: str = "auto", plan: Plan | None = None,
+) -> Array: ...  # fmt: skip
+@overload
+def attention(
+    q: Array, k: Array, v: Array = None, mask: Mask | Array | None = None, *, causal: bool = False,
+    window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float | None = None,
+    bias: Array | None = None, alibi: Array | None = None, sinks: Array | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k: Array | None = None, q_lengths: Array | None = None,
+    kv_lengths: Array | None = None, return_lse: Literal[True], probes: tuple[()] = (),
+    out: Array | None = None, invariant: bool = False, backend: str = "auto", plan: Plan | None = None,
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def attention(
+    q: Array, k: Array, v: Array = None, mask: Mask | Array | None = None, *, causal: bool = False,
+    window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float | None = None,
+    bias: Array | None = None, alibi: Array | None = None, sinks: Array | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k: Array | None = None, q_lengths: Array | None = None,
+    kv_lengths: Array | None = None, return_lse: bool = False, probes: list[Probe] | tuple[Probe, ...],
+    out: Array | None = None, invariant: bool = False, backend: str = "auto", plan: Plan | None = None,
+) -> tuple[Array, Array, SimpleNamespace]: ...  # fmt: skip
+def attention(
+    q: Array, k: Array, v: Array = None, mask: Mask | Array | None = None, *, causal: bool = False,
+    window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float | None = None,
+    bias: Array | None = None, alibi: Array | None = None, sinks: Array | None = None,
+    cu_seqlens_q: Array | None = None, cu_seqlens_k: Array | None = None, q_lengths: Array | None = None,
+    kv_lengths: Array | None = None, return_lse: bool = False, probes: list[Probe] | tuple[Probe, ...] = (),
+    out: Array | None = None, invariant: bool = False, backend: str = "auto", plan: Plan | None = None,
+    **unknown: Any,
+) -> Any:  # fmt: skip
+    """Exact softmax attention in memory that grows with the length, not with its square.
+
+    Args:
+        q: queries ``(..., Hq, Sq, D)``; ``(Sq, D)`` is one head.
+        k: keys ``(..., Hkv, Sk, D)``. Hq is a multiple of Hkv; query head h reads key head ``h // (Hq / Hkv)``.
+        v: values ``(..., Hkv, Sk, Dv)``.
+        mask: a `Mask`, or booleans broadcastable to ``(..., Hq, Sq, Sk)``, True = visible. Combined by ``&`` with
+            `causal`, `window` and lengths.
+        causal: query i sees key j iff ``j <= i + Sk - Sq`` (bottom-right; `tilefold.causal` has the other one).
+        window: ``(left, right)`` other keys on each side of a query's own position, None = unlimited.
+        scale: factor of the scores, ``1 / sqrt(D)`` by default; any finite number.
+        softcap: ``cap * tanh(score / cap)``, > 0, after the scale.
+        bias: added to the scores, broadcastable to ``(..., Hq, Sq, Sk)`` and never expanded; -inf hides.
+        alibi: slopes ``(Hq,)`` or ``(..., Hq)``: ``-slope * |i + Sk - Sq - j|`` is added (Press et al. 2021, arXiv
+            2108.12409).
+        sinks: learned logits ``(Hq,)``: one extra key per head without a value, neither scaled nor capped.
+        cu_seqlens_q, cu_seqlens_k: cumulative lengths, int32 or int64, of sequences packed as ``(H, total, D)``.
+        q_lengths, kv_lengths: lengths of padded sequences, of the leading shape. A sequence counts as ending there:
+            masks align to its own lengths, its padding is ignored, padding rows of the output are 0.
+        return_lse: also return the log-sum-exp of the scores ``(..., Hq, Sq)`` in the accumulate type.
+        probes: statistics of the weights; the result is then ``(out, lse, seen)``.
+        out: array to write to; q's shape (with Dv), type, no memory shared with an input.
+        invariant: demand the same bits for a row whatever the shape around it; refused by backends that cannot.
+        backend: "auto", or the name of one that must do it.
+        plan: a plan from `explain` to use again.
+
+    Returns:
+        out ``(..., Hq, Sq, Dv)`` in q's type, kind and memory order. A row that sees no key is 0, its lse -inf. NaN or
+        infinity behind a mask reaches no output.
+
+    Raises:
+        TypeError: an argument of the wrong kind or type.
+        ValueError: a wrong value or shape. The message names the argument, what it was and what was expected.
+        BackendRefused: no backend, or not the one asked for, can do this; the message says why.
+
+    Scores and sums are float32, for float64 inputs float64. Order of score transforms: scale, softcap, bias and ALiBi,
+    mask. (Dao et al. 2022, arXiv 2205.14135; softcap: Gemma 2, arXiv 2408.00118; sinks: gpt-oss, 2025.)
+
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.normal(size=(3, 8, 1000, 64)).astype(np.float32)
+    >>> attention(q, k, v, causal=True).shape
+    (8, 1000, 64)
+    """
+    refuse_unknown(unknown)
+    options = Options(
+        mask=mask, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_lengths=q_lengths, kv_lengths=kv_lengths,
+        invariant=invariant,
+    )  # fmt: skip
+    want = (Want.LSE if return_lse or probes else Want(0)) | (Want.TAPS if probes else Want(0))
+    call = understand(q, k, v, options, want=want, backend=backend, plan=plan)
+    _check_probes(probes)
+    call.allocate(out)
+    call.fold()
+    result = out if out is not None else leave(q, call.out)
+    if probes:
+        seen = SimpleNamespace(**_replayed(call, probes))
+        return result, leave(q, call.lse), seen
+    return (result, leave(q, call.lse)) if return_lse else result
+
+
+def refuse_unknown(given: Iterable[str], known: Container[str] = ()) -> None:
+    """A sentence for an argument that this library refuses, or does not know."""
+    for name in given:
+        if name in known:
+            continue
+        if name in ("dropout", "dropout_p"):
+            raise TypeError(f"{name}: {DROPOUT}")
+        raise TypeError(f"unexpected keyword argument {name!r}; tilefold.attention lists the options")
+
+
+def probe(q: Array, k: Array, *what: Probe, mask: Mask | Array | None = None, **options: Any) -> SimpleNamespace:
+    """Statistics of the attention weights of q and k, without the matrix: one attribute per probe, by its name.
+
+    Takes the masks and score options of `attention`. A probe is an object with a `name` and a ``start(problem, lead)``
+    that returns a tap: it is shown every tile of weights once (see `tilefold.replay.Weights`).
+
+    >>> class KeyMass:
+    ...     name = "key_mass"
+    ...     def start(self, problem, lead):
+    ...         self.mass = np.zeros((problem.heads, problem.kv_len))
+    ...         return self
+    ...     def open(self, block, live, scores): pass
+    ...     def take(self, w): self.mass[w.heads, w.keys] += w.by_head.sum(axis=2)
+    ...     def close(self, block): pass
+    ...     def result(self): return self.mass
+    >>> q, k = np.random.default_rng(0).normal(size=(2, 4, 100, 16))
+    >>> probe(q, k, KeyMass(), causal=True).key_mass.sum(axis=1).round(9)
+    array([100., 100., 100., 100.])
+    """
+    _check_probes(what)
+    if not what:
+        raise TypeError("probe: give at least one statistic")
+    backend = options.pop("backend", "auto")
+    refuse_unknown(options, known=Options.__dataclass_fields__)
+    keys = enter_floats("k", k)
+    no_values = np.broadcast_to(keys.dtype.type(0), (*keys.shape[:-1], 0))
+    call = understand(
+        q, k, no_values, Options(mask=mask, **options), want=Want.LSE | Want.TAPS, backend=backend
+    )
+    call.allocate()
+    call.fold()
+    return SimpleNamespace(**_replayed(call, what))
+
+
+def _check_probes(probes: Any) -> None:
+    for given in probes:
+        if not hasattr(given, "name") or not hasattr(given, "start"):
+            raise TypeError(f"a probe must have a name and start(problem, lead), got {type(given).__name__}")
+    names = [given.name for given in probes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"probes must have different names, got {names}")
+
+
+def _replayed(call: Call, probes: Any) -> dict[str, Any]:
+    return backend_of(call.plan).replay(call.plan, call.operands, tuple(probes))
+
+
+def attention_grad(
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array | None = None,
+    mask: Mask | Array | None = None,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> Grads:
+    """Gradients of a scalar through `attention`, for arrays without autograd.
+
+    Args:
+        q, k, v: as given to `attention`, with the same mask and score options.
+        out, lse: what it returned.
+        dout: gradient of the scalar with respect to out; `dlse`: with respect to lse, if it depends on that.
+
+    Returns:
+        ``Grads(dq, dk, dv, dbias, dsinks)``, each in the shape and type of what it belongs to (dbias summed over the
+        dimensions the bias does not have), None where there was no bias or no sinks. Rows without keys contribute
+        nothing, even where their q or dout is NaN. O(n) memory: the weights are rebuilt tile by tile.
+
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 2, 50, 16))
+    >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
+    >>> attention_grad(q, k, v, out, lse, np.ones_like(out), causal=True).dq.shape
+    (2, 50, 16)
+    """
+    refuse_unknown(options, known=Options.__dataclass_fields__)
+    call = understand(q, k, v, Options(mask=mask, **options), want=Want.LSE | Want.GRAD, backend=backend)
+    x, p = call.operands, call.problem
+    rows, acc = x.q.shape[:-1], p.accumulate
+    given = {
+        "out": (out, (*rows, p.v_dim), x.q.dtype),
+        "lse": (lse, rows, acc),
+        "dout": (dout, (*rows, p.v_dim), x.q.dtype),
+        "dlse": (dlse, rows, acc),
+    }
+    checked: dict[str, np.ndarray] = {}
+    for name, (array, shape, dtype) in given.items():
+        if array is None and name == "dlse":
+            continue
+        a = enter_floats(name, array)
+        if a.shape != (shape[1:] if call.squeeze else shape):
+            raise ValueError(f"{name} must have shape {shape[1:] if call.squeeze else shape}, got {a.shape}")
+        if a.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype.name}, got {a.dtype.name}")
+        checked[name] = a[None] if call.squeeze else a
+    x.out, x.lse = checked["out"], checked["lse"]
+    grads = backend_of(call.plan).gradient(call.plan, x, checked["dout"], checked.get("dlse"))
+    if call.squeeze:
+        grads = grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0])
+    return Grads(*(None if g is None else leave(q, g) for g in grads))
+
+
+def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Join the attention of the same queries over disjoint sets of keys: ``(out, lse)`` of each part, to those of all.
+
+    This is what makes split keys, shared prefixes and rings exact. Shapes ``(..., Sq, Dv)`` and ``(..., Sq)``; parts in
+    any order, an empty part (0, -inf) is neutral. The state is kept in float32 or wider.
+
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 40, 16))
+    >>> halves = [attention(q, k[s], v[s], return_lse=True) for s in (slice(0, 9), slice(9, 40))]
+    >>> bool(np.allclose(merge(*halves)[0], attention(q, k, v)))
+    True
+    """
+    if not parts:
+        raise TypeError("merge: give at least one (out, lse)")
+    total: OnlineStats | None = None
+    like: np.ndarray | None = None
+    for n, part in enumerate(parts):
+        if not isinstance(part, (tuple, list)) or len(part) != 2:
+            raise TypeError(f"merge: part {n} must be (out, lse), got {type(part).__name__}")
+        out, lse = enter_floats(f"merge: out of part {n}", part[0]), enter_floats(f"merge: lse of part {n}", part[1])
+        if lse.shape != out.shape[:-1]:
+            raise ValueError(f"merge: part {n} has out {out.shape} and lse {lse.shape}; lse must be {out.shape[:-1]}")
+        like = out if like is None else like
+        if out.shape != like.shape or out.dtype != like.dtype:
+            raise ValueError(
+                f"merge: part {n} is {out.dtype.name} {out.shape}, the first is {like.dtype.name} {like.shape}"
+            )
+        wide = np.result_type(lse.dtype, np.float32) if lse.dtype.name != "bfloat16" else np.dtype(np.float32)
+        if out.dtype == np.float64:
+            wide = np.dtype(np.float64)
+        state = OnlineStats.closed(out.astype(wide), lse.astype(wide))
+        with np.errstate(all="ignore"):
+            total = state if total is None else total.merge(state)
+    assert total is not None and like is not None
+    with np.errstate(all="ignore"):
+        merged, lse = total.finalize()
+    result = empty_like(like, like.shape, like.dtype)
+    result[...] = merged
+    return leave(parts[0][0], result), leave(parts[0][1], lse)
+
+
+class Explanation(SimpleNamespace):
+    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes`, `exact`."""
+
+    problem: Problem
+    plan: Plan
+    refusals: tuple[tuple[str, str], ...]
+    cells: int
+    flops: int
+    bytes: int
+    exact: bool
+
+    def __str__(self) -> str:
+        p, plan = self.problem, self.plan
+        most = "" if self.exact else "at most "
+        matrix = max(p.score_bytes, 1)
+        tile = f"{plan.block_q} query rows x {plan.block_k} keys"
+        tile += f" x {p.group} heads of a group" if p.group > 1 else ""
+        lines = [
+            f"{p}",
+            f"backend     {plan.backend} ({plan.isa}): {plan.note}",
+            *(f"passed over {name}: {why}" for name, why in self.refusals),
+            f"tile        {tile}",
+            f"work        {most}{self.cells:,} visible cells, {self.flops / 1e9:,.2f} GFLOP",
+            f"workspace   {size(plan.workspace_bytes)}; the score matrix would take {size(p.score_bytes)} "
+            f"({matrix / max(plan.workspace_bytes, 1):,.0f} x)",
+            f"traffic     inputs and output are {size(self.bytes)}",
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def size(n: float) -> str:
+    """Bytes in words, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n < 1024 or unit == "TiB":
+            return f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+def explain(
+    q: Array, k: Array, v: Array, mask: Mask | Array | None = None, *, return_lse: bool = False,
+    backend: str = "auto", plan: Plan | None = None, **options: Any,
+) -> Explanation:  # fmt: skip
+    """What `attention` with these arguments would do, and why; nothing runs. Prints as prose.
+
+    ``.plan`` can be passed back as ``plan=``; ``.refusals`` are the backends passed over, each with its reason;
+    ``.flops`` counts the visible cells only (``.exact`` is False where only a mask's evaluation could tell).
+
+    >>> q = np.zeros((8, 4096, 64), np.float32)
+    >>> explain(q, q, q, causal=True).flops
+    17184063488
+    """
+    refuse_unknown(options, known=Options.__dataclass_fields__)
+    want = Want.LSE if return_lse else Want(0)
+    call = understand(q, k, v, Options(mask=mask, **options), want=want, backend=backend, plan=plan)
+    p, x = call.problem, call.operands
+    if p.has & Has.LENGTHS or p.band.offset is None:
+        cells = sum(visible_in_band(p.band, f.q_len, f.kv_len) for f in frames(p, x)) * p.heads
+    else:
+        cells = visible_in_band(p.band, p.q_len, p.kv_len) * p.batch * p.heads
+    out_bytes = x.q.size // max(p.dim, 1) * p.v_dim * x.q.itemsize
+    return Explanation(
+        problem=p,
+        plan=call.plan,
+        refusals=call.refusals,
+        cells=cells,
+        flops=2 * cells * (p.dim + p.v_dim),
+        bytes=x.q.nbytes + x.k.nbytes + x.v.nbytes + out_bytes,
+        exact=x.mask is None and x.bias is None,
+    )

@@ -1,0 +1,69 @@
+"""The NumPy backend runs `fold.py` and `replay.py` as they are. It decides only the size of a tile.
+
+A tile of 256 x 512 float32 scores is half a MiB: it stays in a second-level cache through the eight passes that NumPy
+makes over it, while its two products are still large enough for BLAS to run near its best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ..fold import fold, fold_shapes
+from ..plan import Plan
+from ..problem import Layout, Operands, Problem, Want
+from ..replay import Gradient, Grads, Probe, replay, replay_shapes
+from ..scores import Shapes, Workspace
+
+ROWS, KEYS = 256, 512
+
+
+class NumpyBackend:
+    """Everything, on any machine that NumPy runs on; as fast as its BLAS allows."""
+
+    name = "numpy"
+
+    def why_not(self, p: Problem) -> str | None:
+        if p.layout is Layout.PAGED:
+            return "the NumPy backend has no paged layout"
+        if p.dropout:
+            return "dropout is not offered: exact attention has no random part"
+        if p.want & Want.INVARIANT:
+            return "invariant=True promises the same bits for any shape, and BLAS rounds differently for each"
+        row_probes = p.want & (Want.ENTROPY | Want.TOPK | Want.MAX_LOGIT)
+        if row_probes:
+            return f"the NumPy backend does not fold row statistics ({row_probes.name})"
+        return None
+
+    def plan(self, p: Problem) -> Plan:
+        block_q = max(1, min(p.q_len, max(16, ROWS // p.group)))
+        return self.resize(Plan(p, self.name, "blas", 1, 1, note="fold.py over BLAS"), block_q, KEYS)
+
+    def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:
+        p = plan.problem
+        plan = replace(plan, block_q=min(block_q, max(p.q_len, 1)), block_k=min(block_k, max(p.kv_len, 1)))
+        return replace(plan, workspace_bytes=_bytes(fold_shapes(plan)))
+
+    def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
+        space = Workspace(fold_shapes(plan))
+        fold(plan, x, space, rows)
+        return space.bytes
+
+    def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
+        taps = {probe.name: probe.start(plan.problem, x.lead) for probe in probes}
+        replay(plan, x, Workspace(replay_shapes(plan, gradient=False)), list(taps.values()))
+        return {name: tap.result() for name, tap in taps.items()}
+
+    def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
+        space = Workspace(replay_shapes(plan, gradient=True))
+        tap = Gradient(plan, x, space, dout, dlse)
+        replay(plan, x, space, [tap])
+        return tap.grads()
+
+
+def _bytes(shapes: Shapes) -> int:
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())

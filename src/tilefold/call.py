@@ -1,0 +1,288 @@
+"""What the arguments of a call mean. Here, and only here, they become a `Problem` and `Operands`, or a sentence.
+
+The public table of meanings lives in this file: shapes, alignment, what combines with what. The fact to know: lengths
+(`q_lengths`, `kv_lengths`, `cu_seqlens_*`) say where each sequence *ends*, so causal masks, windows and ALiBi count
+from there, and a padded batch equals the same sequences packed, or alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Any
+
+import numpy as np
+
+from .arrays import enter, enter_floats
+from .dtypes import ROWS
+from .layouts import empty_like
+from .masks import Mask, causal, check_cu_seqlens, dense, split, window
+from .plan import Plan, backend_of, choose, pinned
+from .problem import Has, Layout, Operands, Problem, Want, bytes_of
+
+DROPOUT = "dropout is not offered: exact attention has no random part; apply it to what goes in or comes out"
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Everything about a call but the arrays q, k, v; `attention` says what each means."""
+
+    mask: Any = None
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    bias: Any = None
+    alibi: Any = None
+    sinks: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    q_lengths: Any = None
+    kv_lengths: Any = None
+    invariant: bool = False
+
+
+@dataclass(slots=True)
+class Call:
+    """One call, understood: what, on which arrays, how, and which plans were refused."""
+
+    problem: Problem
+    operands: Operands
+    plan: Plan
+    refusals: tuple[tuple[str, str], ...]
+    squeeze: bool  # 2-D arguments: the head axis that was added is taken off again
+
+    def allocate(self, out: Any = None) -> None:
+        """Make the arrays that a fold fills, or take the caller's `out`."""
+        p, x = self.problem, self.operands
+        shape = (*x.q.shape[:-1], p.v_dim)
+        q_type = x.q.dtype
+        bytes_of(shape, q_type)
+        x.out = empty_like(x.q, shape, q_type) if out is None else self._check_out(out, shape)
+        if p.want & Want.LSE:
+            x.lse = np.empty(x.q.shape[:-1], p.accumulate)
+
+    def fold(self, rows: slice | None = None) -> int:
+        """Run sweep one; the bytes of workspace it allocated."""
+        return backend_of(self.plan).fold(self.plan, self.operands, rows)
+
+    @property
+    def out(self) -> np.ndarray:
+        assert self.operands.out is not None
+        return self.operands.out[0] if self.squeeze else self.operands.out
+
+    @property
+    def lse(self) -> np.ndarray:
+        assert self.operands.lse is not None
+        return self.operands.lse[0] if self.squeeze else self.operands.lse
+
+    def _check_out(self, out: Any, shape: tuple[int, ...]) -> np.ndarray:
+        x = self.operands
+        array = enter_floats("out", out)
+        expected = shape[1:] if self.squeeze else shape
+        if array.shape != expected:
+            raise ValueError(f"out must have shape {expected}, got {array.shape}")
+        if array.dtype != x.q.dtype:
+            raise TypeError(f"out must be {x.q.dtype.name} as q is, got {array.dtype.name}")
+        if not array.flags.writeable:
+            raise ValueError("out must be writeable, got a read-only array")
+        if any(n > 1 and step == 0 for n, step in zip(array.shape, array.strides, strict=True)) or (
+            array.size > 1 and _overlaps_itself(array)
+        ):
+            raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
+        given = {"q": x.q, "k": x.k, "v": x.v, "bias": x.given_bias, "sinks": x.sinks, "alibi": x.alibi}
+        for name, other in given.items():
+            if other is not None and np.may_share_memory(array, other):
+                raise ValueError(f"out must not share memory with {name}")
+        return array[None] if self.squeeze else array
+
+
+def _overlaps_itself(x: np.ndarray) -> bool:
+    """Whether two elements may share bytes; exact for strides that nest, as those of any sliced array do."""
+    reach = x.itemsize
+    for step, n in sorted((abs(step), n) for n, step in zip(x.shape, x.strides, strict=True) if n > 1):
+        if step < reach:
+            return True
+        reach = step * (n - 1) + reach
+    return False
+
+
+def understand(
+    q: Any, k: Any, v: Any, o: Options, *, want: Want = Want(0), backend: str = "auto", plan: Plan | None = None
+) -> Call:
+    """Check every argument and make the call; nothing runs."""
+    arrays = {"q": enter_floats("q", q), "k": enter_floats("k", k)}
+    if v is None:
+        raise TypeError("v must be an array of values; only a cache object stands for keys and values together")
+    arrays["v"] = enter_floats("v", v)
+    _check_shapes(arrays)
+    squeeze = arrays["q"].ndim == 2
+    q, k, v = (a[None] if squeeze else a for a in arrays.values())
+    lead, (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape[:-3], q.shape[-3:], v.shape[-3:]
+    x = Operands(q, k, v)
+    has = Has(0)
+    layout, batch = _lengths(o, x)
+    if layout is Layout.DENSE and (x.q_ends is not None or x.kv_ends is not None):
+        has |= Has.LENGTHS
+    ragged = layout is Layout.VARLEN or bool(has & Has.LENGTHS)
+    mask = _mask(o)
+    if mask is not None:
+        mask.check(lead, heads, q_len, kv_len)
+    band, x.mask = split(mask, None if ragged else kv_len - q_len)
+    if x.mask is not None:
+        has |= Has.SPANS | (Has.BITS if x.mask.may_need_bits else Has(0))
+    if o.bias is not None:
+        x.given_bias = enter_floats("bias", o.bias)
+        x.bias = _broadcast("bias", x.given_bias, (*lead, heads, q_len, kv_len), "(..., heads, q_len, kv_len)")
+        if np.isposinf(x.given_bias.max(initial=-np.inf)):
+            raise ValueError("bias must not be +inf; -inf hides a key, a finite value shifts its score")
+        has |= Has.BIAS
+    if o.alibi is not None:
+        slopes = _small_floats("alibi", o.alibi)
+        x.alibi = _per_head("alibi", slopes, lead, heads)
+        has |= Has.ALIBI
+    if o.sinks is not None:
+        logits = _small_floats("sinks", o.sinks)
+        if logits.shape != (heads,):
+            raise ValueError(f"sinks must have shape ({heads},), one logit per query head; got {logits.shape}")
+        x.sinks = _per_head("sinks", logits, lead, heads)
+        has |= Has.SINKS
+    problem = Problem(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        dim=dim,
+        v_dim=v_dim,
+        q_dtype=q.dtype.name,
+        kv_dtype=k.dtype.name,
+        acc_dtype=ROWS[q.dtype.name].accumulate,
+        scale=_number("scale", o.scale) if o.scale is not None else (1 / sqrt(dim) if dim else 1.0),
+        softcap=None if o.softcap is None else _number("softcap", o.softcap),
+        band=band,
+        layout=layout,
+        has=has,
+        want=want | (Want.INVARIANT if _flag("invariant", o.invariant) else Want(0)),
+    )
+    if plan is not None:
+        if backend not in ("auto", getattr(plan, "backend", backend)):
+            raise ValueError(f"backend={backend!r} contradicts the plan, which is for {plan.backend!r}")
+        return Call(problem, x, pinned(plan, problem), (), squeeze)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a name, got {type(backend).__name__}")
+    chosen, refusals = choose(problem, backend)
+    return Call(problem, x, chosen, refusals, squeeze)
+
+
+def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
+    q, k, v = arrays.values()
+    for name, a in arrays.items():
+        if a.ndim < 2:
+            raise ValueError(f"{name} must have shape (..., heads, length, dim) or (length, dim), got {a.shape}")
+        if a.ndim != q.ndim:
+            raise ValueError(f"q, k and v must have the same number of dimensions, got q {q.shape} and {name} {a.shape}")
+        if a.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got q {q.dtype.name} and {name} {a.dtype.name}")
+        if a.shape[:-3] != q.shape[:-3]:
+            raise ValueError(
+                f"q, k and v must have the same leading dimensions, got q {q.shape} and {name} {a.shape}; "
+                "numpy.broadcast_to repeats without copying"
+            )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q and k must have the same last dimension, got q {q.shape} and k {k.shape}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"k and v must have the same heads and length, got k {k.shape} and v {v.shape}")
+
+
+def _lengths(o: Options, x: Operands) -> tuple[Layout, int]:
+    """Where sequences end: fills ``x.q_ends`` and ``x.kv_ends``; the layout and the number of sequences."""
+    lead, q_len, kv_len = x.lead, x.q.shape[-2], x.k.shape[-2]
+    packed = o.cu_seqlens_q is not None or o.cu_seqlens_k is not None
+    if not packed:
+        x.q_ends = _ends("q_lengths", o.q_lengths, lead, q_len)
+        x.kv_ends = _ends("kv_lengths", o.kv_lengths, lead, kv_len)
+        return Layout.DENSE, int(np.prod(lead, dtype=object)) if lead else 1
+    if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
+        raise TypeError("cu_seqlens_q and cu_seqlens_k come together")
+    if o.q_lengths is not None or o.kv_lengths is not None:
+        raise TypeError("cu_seqlens and lengths exclude each other: packed sequences have no padding")
+    if lead:
+        raise ValueError(f"packed sequences have shape (heads, total, dim) without a batch, got q {x.q.shape}")
+    x.q_ends = check_cu_seqlens("cu_seqlens_q", enter("cu_seqlens_q", o.cu_seqlens_q), q_len)
+    x.kv_ends = check_cu_seqlens("cu_seqlens_k", enter("cu_seqlens_k", o.cu_seqlens_k), kv_len)
+    if len(x.q_ends) != len(x.kv_ends):
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must count the same sequences, "
+            f"got {len(x.q_ends) - 1} and {len(x.kv_ends) - 1}"
+        )
+    return Layout.VARLEN, len(x.q_ends) - 1
+
+
+def _ends(name: str, given: Any, lead: tuple[int, ...], most: int) -> np.ndarray | None:
+    if given is None:
+        return None
+    array = enter(name, given) if not isinstance(given, (int, np.integer)) else np.asarray(given)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    if array.shape not in ((), lead):
+        raise ValueError(f"{name} must have the leading shape {lead} of q, or be one integer; got {array.shape}")
+    ends = np.array(np.broadcast_to(array, lead), np.int64)
+    if ends.size and not (ends.min() >= 0 and ends.max() <= most):
+        raise ValueError(f"{name} must lie within 0 and {most}, got {ends.min()} to {ends.max()}")
+    return ends
+
+
+def _mask(o: Options) -> Mask | None:
+    """All that hides by position or by choice, as one conjunction."""
+    parts: list[Mask] = []
+    if _flag("causal", o.causal):
+        parts.append(causal())
+    if o.window is not None:
+        if not isinstance(o.window, (tuple, list)) or len(o.window) != 2:
+            raise TypeError(f"window must be (left, right), each an integer >= 0 or None; got {o.window!r}")
+        parts.append(window(*o.window))
+    if isinstance(o.mask, Mask):
+        parts.append(o.mask)
+    elif o.mask is not None:
+        cells = enter("mask", o.mask)
+        parts.append(dense(cells))
+    whole: Mask | None = None
+    for part in parts:
+        whole = part if whole is None else whole & part
+    return whole
+
+
+def _flag(name: str, x: object) -> bool:
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {type(x).__name__}")
+    return bool(x)
+
+
+def _number(name: str, x: Any) -> float:
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+    return float(x)
+
+
+def _small_floats(name: str, x: Any) -> np.ndarray:
+    """Per-head numbers; a list of floats is taken too."""
+    array = enter_floats(name, np.asarray(x, float) if isinstance(x, (list, tuple)) else x)
+    if np.isnan(array).any() or np.isposinf(array).any():
+        raise ValueError(f"{name} must not hold NaN or +inf")
+    return array
+
+
+def _per_head(name: str, x: np.ndarray, lead: tuple[int, ...], heads: int) -> np.ndarray:
+    if x.shape not in ((heads,), (*lead, heads)):
+        raise ValueError(f"{name} must have shape ({heads},) or {(*lead, heads)}, got {x.shape}")
+    return np.broadcast_to(x, (*lead, heads))
+
+
+def _broadcast(name: str, x: np.ndarray, shape: tuple[int, ...], words: str) -> np.ndarray:
+    try:
+        return np.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(f"{name} of shape {x.shape} does not broadcast to {words} = {shape}") from None

@@ -1,0 +1,81 @@
+"""Where each sequence lies, and how key row j of a head is brought to where arithmetic can read it.
+
+A `Frame` is one sequence within the arrays: dense batches have one per batch item, padded ones (`LENGTHS`) the same
+but shorter, packed ones (`VARLEN`) one per pair of cumulative lengths. After `rows_of` all layouts look alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .problem import Has, Layout, Operands, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One sequence: its lengths, its batch index, and where its first query and key lie in arrays of `*_total` rows."""
+
+    q_len: int
+    kv_len: int
+    index: tuple[int, ...] = ()
+    head: int = 0
+    q0: int = 0
+    k0: int = 0
+    q_total: int = 0
+    kv_total: int = 0
+
+    @classmethod
+    def whole(cls, q_len: int, kv_len: int) -> Frame:
+        return cls(q_len, kv_len, q_total=q_len, kv_total=kv_len)
+
+    @property
+    def offset(self) -> int:
+        """The position of query 0 among the keys: queries stand at the end."""
+        return self.kv_len - self.q_len
+
+
+def frames(p: Problem, x: Operands) -> Iterator[Frame]:
+    """Every sequence of the call, in order."""
+    if p.layout is Layout.VARLEN:
+        assert x.q_ends is not None and x.kv_ends is not None
+        for q0, q1, k0, k1 in zip(x.q_ends[:-1], x.q_ends[1:], x.kv_ends[:-1], x.kv_ends[1:], strict=True):
+            yield Frame(int(q1 - q0), int(k1 - k0), (), 0, int(q0), int(k0), p.q_len, p.kv_len)
+        return
+    for index in np.ndindex(x.lead):
+        q_len = p.q_len if x.q_ends is None else int(x.q_ends[index])
+        kv_len = p.kv_len if x.kv_ends is None else int(x.kv_ends[index])
+        yield Frame(q_len, kv_len, index, 0, 0, 0, p.q_len, p.kv_len)
+
+
+def has_padding(p: Problem) -> bool:
+    """Whether some output rows belong to no sequence and must be filled."""
+    return bool(p.has & Has.LENGTHS)
+
+
+def rows_of(x: np.ndarray, into: np.ndarray) -> np.ndarray:
+    """A tile ``(heads, rows, dim)`` in the type of `into`, fit for BLAS: the storage itself if it already is, else
+    `into` filled with a converted copy."""
+    if x.dtype == into.dtype and _blas_reads(x):
+        return x
+    np.copyto(into, x, casting="unsafe")
+    return into
+
+
+def _blas_reads(x: np.ndarray) -> bool:
+    """Whether a matrix product reads `x` without a copy: contiguous rows (or columns) at a positive, even pace."""
+    if not x.flags.aligned:
+        return False
+    (rows, cols), (far, near), item = x.shape[-2:], x.strides[-2:], x.itemsize
+    if near == item and far % item == 0 and far >= cols * item:
+        return True
+    return far == item and near % item == 0 and near >= rows * item
+
+
+def empty_like(model: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new array whose axes lie in memory in the same order as those of `model`."""
+    order = sorted(range(len(shape)), key=lambda axis: -abs(model.strides[axis]))
+    fresh = np.empty([shape[axis] for axis in order], dtype)
+    return fresh.transpose(np.argsort(order))
