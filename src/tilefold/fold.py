@@ -44,10 +44,9 @@ def fold(plan: Plan, x: Operands, space: Workspace, only: slice | None = None) -
         for block in row_blocks(plan, x, only):
             scores.open(block)
             out, lse = _fold_block(plan, x, space, scores, block)
-            shape = (block.heads, -1, block.rows.stop - block.rows.start)
-            block.q_tile(x.out)[...] = out.reshape(*shape, plan.problem.v_dim)
+            block.q_tile(x.out)[...] = out.reshape(*block.shape, plan.problem.v_dim)
             if x.lse is not None:
-                block.per_row(x.lse)[...] = lse.reshape(shape)
+                block.per_row(x.lse)[...] = lse.reshape(block.shape)
 
 
 def _fold_block(
@@ -71,7 +70,7 @@ def _fold_block(
             stats.update(scored.s, v, scored.seen, work=product)
     if x.bias is None and (empty := np.isneginf(stats.max_val)).any():
         # A row that sees keys and still found only -inf has overflowed: that is NaN, never a silent 0.
-        lost = empty & np.tile(block.panel.visible() > 0, block.count // (block.rows.stop - block.rows.start))
+        lost = empty & np.tile(block.panel.visible() > 0, block.shape[1])
         stats.sum_exp[lost] = np.nan
         stats.max_val[lost] = np.nan
     return stats.finalize(work=product)
@@ -79,4 +78,4 @@ def _fold_block(
 
 def seeds(sinks: np.ndarray, block: RowBlock) -> np.ndarray:
     """The sink logit of each row of a block, (kv_heads, rows)."""
-    return np.repeat(block.per_head(sinks), block.rows.stop - block.rows.start, axis=1)
+    return np.repeat(block.per_head(sinks), block.shape[2], axis=1)

@@ -74,13 +74,18 @@ def naive_grad(
     mask: Any = None,
     *,
     dtype: np.typing.DTypeLike = None,
+    saved: tuple[np.ndarray, np.ndarray] | None = None,
     **options: Any,
 ) -> Grads:
-    """Gradients of ``sum(out * dout) + sum(lse * dlse)`` with the whole matrix; NaN in rows without keys is ignored."""
+    """Gradients of ``sum(out * dout) + sum(lse * dlse)`` with the whole matrix; NaN in rows without keys is ignored.
+
+    With ``saved = (out, lse)`` weights and row sums come from those rounded arrays, as in a backward pass.
+    """
     call, acc = _understood(q, k, v, mask, dtype, options)
     x, p = call.operands, call.problem
     if call.squeeze:
         dout, dlse = dout[None], None if dlse is None else dlse[None]
+        saved = None if saved is None else (saved[0][None], saved[1][None])
     dq, dk, dv = np.zeros(x.q.shape, acc), np.zeros(x.k.shape, acc), np.zeros(x.v.shape, acc)
     dbias = None if x.bias is None else np.zeros(x.bias.shape, acc)
     dsinks = None if x.sinks is None else np.zeros(p.heads, acc)
@@ -92,7 +97,12 @@ def naive_grad(
         dl = np.zeros(len(live), acc) if dlse is None else np.where(np.isneginf(h.lse), 0, dlse[h.where].astype(acc))
         with np.errstate(all="ignore"):
             dp = do @ vs.T
-            delta = np.where(h.seen, h.weights * dp, 0).sum(axis=1) - dl
+            if saved is None:
+                delta = np.where(h.seen, h.weights * dp, 0).sum(axis=1) - dl
+            else:
+                out, lse = (a[h.where].astype(acc) for a in saved)
+                h.weights = np.where(h.seen, np.exp(h.s - np.where(live, lse, 0)[:, None]), 0)
+                delta = (do * np.where(live[:, None], out, 0)).sum(axis=1) - dl
             ds = np.where(h.seen, h.weights * (dp - delta[:, None]), 0)
             if dbias is not None:
                 dbias[h.bias_where] += ds

@@ -46,8 +46,7 @@ class Weights:
     @property
     def by_head(self) -> np.ndarray:
         """The weights as ``(kv_heads, group, rows, keys)``."""
-        rows = self.block.rows.stop - self.block.rows.start
-        return self.p.reshape(self.p.shape[0], -1, rows, self.p.shape[2])
+        return self.p.reshape(*self.block.shape, self.p.shape[2])
 
     @property
     def heads(self) -> np.ndarray:
@@ -154,8 +153,7 @@ def replay(plan: Plan, x: Operands, space: Workspace, taps: Sequence[Tap | Probe
 
 def _live(plan: Plan, x: Operands, space: Workspace, block: RowBlock) -> np.ndarray:
     """Which rows see a key, (1 or kv_heads, rows). A bias of -inf hides too, which only a look at it can tell."""
-    rows = block.rows.stop - block.rows.start
-    live = np.tile(block.panel.visible() > 0, block.count // rows)[None]
+    live = np.tile(block.panel.visible() > 0, block.shape[1])[None]
     if x.bias is None or x.sinks is None:
         return live  # without a sink a row hidden by its bias has lse -inf, which says it already
     looked = Scores(plan, x, space)
@@ -207,12 +205,11 @@ class Gradient(Tap):
     def open(self, block: RowBlock, live: np.ndarray, scores: Scores) -> None:
         p, x = self.p, self.x
         assert x.out is not None and x.lse is not None
-        rows = block.rows.stop - block.rows.start
         self.q = scores.queries
         self.dq_block = self.space.take("dq", (block.heads, block.count, p.dim))
         self.dq_block[...] = 0
         self.douts = self.space.take("douts", (block.heads, p.v_dim, block.count))
-        packed = self.douts.reshape(block.heads, p.v_dim, -1, rows)
+        packed = self.douts.reshape(block.heads, p.v_dim, *block.shape[1:])
         np.copyto(packed, block.q_tile(self.dout).transpose(0, 3, 1, 2), casting="unsafe")
         out = block.q_tile(x.out).reshape(block.heads, block.count, p.v_dim).astype(p.accumulate)
         if not live.all():
@@ -228,7 +225,7 @@ class Gradient(Tap):
             lse = block.per_row(x.lse).reshape(delta.shape).astype(delta.dtype)
             weight = np.exp(seeds(x.sinks, block) - np.where(np.isneginf(lse), np.inf, lse))
             part = -np.where(weight == 0, 0, weight * delta)
-            block.per_head(self.dsinks)[...] += part.reshape(block.heads, -1, rows).sum(axis=-1)
+            block.per_head(self.dsinks)[...] += part.reshape(block.shape).sum(axis=-1)
 
     def take(self, weights: Weights) -> None:
         p, block, tile, seen = self.p, weights.block, weights.tile, weights.scored.seen
@@ -258,13 +255,12 @@ class Gradient(Tap):
         self.dq_block += weigh(ds, weights.scored.k, seen, dq)
 
     def close(self, block: RowBlock) -> None:
-        rows = block.rows.stop - block.rows.start
-        block.q_tile(self.dq)[...] = self.dq_block.reshape(block.heads, -1, rows, self.p.dim)
+        block.q_tile(self.dq)[...] = self.dq_block.reshape(*block.shape, self.p.dim)
 
     def _add_dbias(self, dbias: np.ndarray, raw: np.ndarray, block: RowBlock, tile: Tile) -> None:
         """Add a tile to the part of dbias it came from, summed over the dimensions that the bias does not have."""
         f, rows = block.frame, block.rows
-        part = raw.reshape(block.heads, tile.k1 - tile.k0, -1, rows.stop - rows.start).transpose(0, 2, 3, 1)
+        part = raw.reshape(block.heads, tile.k1 - tile.k0, *block.shape[1:]).transpose(0, 2, 3, 1)
         *lead, heads, q_len, kv_len = dbias.shape
         into = dbias[tuple(0 if n == 1 else i for n, i in zip(lead, f.index, strict=True))]
         into = into.reshape(1, 1, q_len, kv_len) if heads == 1 else into.reshape(-1, block.group_size, q_len, kv_len)

@@ -83,7 +83,7 @@ class Scores:
         """Pack the block's queries, dim by dim. Rows that are not `live` count as 0."""
         p, self.block = self.p, block
         self.queries = self.space.take("queries", (block.heads, p.dim, block.count))
-        packed = self.queries.reshape(block.heads, p.dim, -1, block.rows.stop - block.rows.start)
+        packed = self.queries.reshape(block.heads, p.dim, *block.shape[1:])
         np.copyto(packed, block.q_tile(self.x.q).transpose(0, 3, 1, 2), casting="unsafe")
         if live is not None:
             np.copyto(self.queries, 0, where=~live[:, None, :])
@@ -119,25 +119,25 @@ class Scores:
         if tile.kind is not EDGE:
             return None
         block = self.block
-        rows, keys, group = block.rows.stop - block.rows.start, tile.k1 - tile.k0, block.count
-        into = self.space.take("seen", (keys, group))
+        (_, group, rows), keys = block.shape, tile.k1 - tile.k0
+        into = self.space.take("seen", (keys, block.count))
         scratch = self.space.take("hidden", (keys, rows))
-        if group == rows:
+        if group == 1:
             return block.panel.cells(tile.k0, tile.k1, into, scratch)
         one = block.panel.cells(tile.k0, tile.k1, np.empty((keys, rows), bool), scratch)
-        into.reshape(keys, -1, rows)[...] = one.T[:, None, :]
+        into.reshape(keys, group, rows)[...] = one.T[:, None, :]
         return into.T
 
     def _slant(self, raw: np.ndarray, tile: Tile) -> None:
         """ALiBi: subtract slope * |distance|, head by head."""
         assert self.x.alibi is not None
         block, offset = self.block, self.p.band.offset
-        rows, keys = block.rows.stop - block.rows.start, tile.k1 - tile.k0
+        (_, group, rows), keys = block.shape, tile.k1 - tile.k0
         at = np.arange(block.rows.start, block.rows.stop) + (block.frame.offset if offset is None else offset)
         distance = self.space.take("distance", (keys, rows))
         np.abs(np.subtract(at, np.arange(tile.k0, tile.k1)[:, None], out=distance, casting="unsafe"), out=distance)
         slanted = self.space.take("slanted", (keys, rows))
-        by_head = raw.reshape(block.heads, keys, -1, rows)
+        by_head = raw.reshape(block.heads, keys, group, rows)
         for (h, g), slope in np.ndenumerate(block.per_head(self.x.alibi)):
             by_head[h, :, g] -= np.multiply(distance, slope, out=slanted)
 
@@ -145,9 +145,8 @@ class Scores:
         """Add the bias; where it is -inf the cell is hidden as by a mask, whatever the score was."""
         assert self.x.bias is not None
         block = self.block
-        rows = block.rows.stop - block.rows.start
         bias = block.bias_tile(self.x.bias, tile).transpose(0, 3, 1, 2)
-        by_head = raw.reshape(block.heads, tile.k1 - tile.k0, -1, rows)
+        by_head = raw.reshape(block.heads, tile.k1 - tile.k0, *block.shape[1:])
         np.add(by_head, bias, out=by_head, casting="unsafe")
         stored = bias[tuple(slice(0, 1) if step == 0 else slice(None) for step in bias.strides)]
         hidden = stored == -np.inf

@@ -56,13 +56,19 @@ class RowBlock:
     group_size: int  # of the problem
 
     @property
-    def count(self) -> int:
-        """Query rows per key head: the group's heads stand one after the other."""
-        return (self.group.stop - self.group.start) * (self.rows.stop - self.rows.start)
+    def heads(self) -> int:
+        """Key heads."""
+        return self.kv_heads.stop - self.kv_heads.start
 
     @property
-    def heads(self) -> int:
-        return self.kv_heads.stop - self.kv_heads.start
+    def shape(self) -> tuple[int, int, int]:
+        """(kv_heads, group, rows)."""
+        return self.heads, self.group.stop - self.group.start, self.rows.stop - self.rows.start
+
+    @property
+    def count(self) -> int:
+        """Query rows per key head: the group's heads stand one after the other."""
+        return self.shape[1] * self.shape[2]
 
     def q_tile(self, x: np.ndarray) -> np.ndarray:
         """The block's part of an array ``(*lead, Hq, Sq, D)`` as a view ``(kv_heads, group, rows, D)``."""

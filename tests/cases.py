@@ -1,0 +1,84 @@
+"""The zoo: every problem that parity tests, machines and sanitizers are run through, one case string each.
+
+A bug begins here, with a failing line. `tilefold case "<line>"` replays one.
+"""
+
+ZOO = """
+float32 h1 q1 k1 d1
+float32 h3 q37 k53 d8 v5
+float32 2d q64 k64 d16
+float32 b2x3 h2 q17 k19 d8
+float32 b2 h4/2 q130 k130 d64
+float32 h8/1 q33 k65 d32
+float32 h6/2 q300 k700 d16 causal
+float32 h2 q700 k700 d64 causal
+float32 h2 q300 k700 d64 causal=top-left
+float32 h2 q70 k30 d8 causal
+float32 h2 q70 k30 d8 causal=top-left
+float32 h1 q600 k600 d8 window=40,0
+float32 h1 q600 k600 d8 window=40,17
+float32 h1 q300 k1100 d8 window=-,3
+float32 h1 q50 k60 d8 window=0,0
+float32 h1 q50 k60 d8 band=3,2,-5
+float32 h1 q50 k60 d8 band=-7,20,4
+float32 h1 q50 k60 d8 causal window=5,9
+float32 h2 q40 k90 d8 prefix=21 causal
+float32 h2 q90 k90 d8 chunked=16 causal
+float32 h2 q600 k600 d8 anchors=4,90
+float32 h2 q53 k53 d8 documents=11,30,12
+float32 h2 q20 k53 d8 documents=11,30,12 causal
+float32 h4/2 q40 k53 d8 dense=0.5
+float32 b2 h2 q600 k700 d8 dense=0.02
+float32 h2 q40 k53 d8 dense=0
+float32 h4/2 q300 k700 d8 predicate=3
+float32 h2 q300 k700 d8 predicate=3 causal window=200,0
+float32 b3 h2 q40 k53 d8 kv_lengths=0,7,53
+float32 b3 h2 q40 k53 d8 q_lengths=40,3,0 kv_lengths=53,7,9 causal
+float32 b2 h4/2 q40 k53 d8 q_lengths=40,12 kv_lengths=53,30 window=5,2 alibi
+float32 h4/2 d16 packed=3,0,9,30/5,2,0,41
+float32 h4/2 d16 packed=3,0,9,30/5,2,0,41 causal sinks softcap=3
+float32 h2 d16 packed=30,40/30,40 causal=top-left
+float32 h2 q40 k53 d8 scale=0
+float32 h2 q40 k53 d8 scale=-0.7
+float32 h2 q40 k53 d8 softcap=2
+float32 h4/2 q300 k530 d8 softcap=2 causal bias=1h1k sinks alibi
+float32 b2 h4/2 q40 k53 d8 alibi=b causal
+float32 b2 h4/2 q40 k53 d8 bias=bhqk
+float32 b2 h4/2 q40 k53 d8 bias=11qk
+float32 b2 h4/2 q40 k53 d8 bias=b11k
+float32 b2 h4/2 q40 k53 d8 bias=1hq1 hide=0.4
+float32 b2 h4/2 q40 k53 d8 bias=bhqk hide=0.97 sinks
+float32 b2 h4/2 q300 k530 d8 bias=b11k hide=0.5 causal
+float32 h4/2 q20 k53 d8 sinks
+float32 h2 q70 k30 d8 causal sinks
+float32 b2 h4/2 q130 k130 d16 order=bshd causal
+float32 b2 h4/2 q130 k130 d16 order=fortran causal
+float32 b2 h4/2 q130 k130 d16 order=reversed causal
+float32 b2 h4/2 q130 k130 d16 order=strided causal
+float32 h2 q60 k700 d16 logits=peaked
+float32 h2 q60 k2000 d16 logits=rising
+float32 h2 q60 k2000 d16 logits=falling
+float32 h2 q60 k700 d16 logits=huge
+float32 h2 q300 k700 d8 window=20,0 nan
+float32 b2 h4/2 q300 k530 d8 kv_lengths=530,90 causal nan
+float32 h2 q53 k53 d8 dense=0.02 nan
+float32 h2 q1 k700 d64
+float32 h32/8 q1 k1300 d32 causal
+float32 h32/8 q5 k1300 d32 causal
+float32 b0x2 h2 q5 k5 d4
+float32 b0 h2 q5 k5 d4
+float32 h2 q0 k5 d4
+float32 h2 q5 k0 d4
+float32 h2 q5 k0 d4 sinks causal
+float32 h2 q5 k7 d0 v3
+float32 h2 q5 k7 d4 v0
+float64 b2 h4/2 q130 k130 d64
+float64 h2 q300 k700 d32 causal softcap=5 bias=1h1k sinks
+float64 h2 q300 k700 d32 window=90,4 alibi
+float16 b2 h4/2 q130 k130 d64 causal
+float16 h2 q300 k700 d32 softcap=5 sinks
+float16 h2 q60 k700 d16 logits=huge
+bfloat16 b2 h4/2 q130 k130 d64 causal
+bfloat16 h2 q300 k700 d32 softcap=5 bias=1h1k sinks
+bfloat16 h2 q300 k700 d32 window=90,4 order=bshd
+""".strip().splitlines()
