@@ -146,8 +146,9 @@ class Panel:
         return np.bitwise_count(self._packed()).sum(axis=1, dtype=np.int64)
 
     def __and__(self, other: Panel) -> Panel:
-        lo = np.maximum(self.lo[:, :, None], other.lo[:, None, :]).reshape(self.rows, -1)
-        hi = np.minimum(self.hi[:, :, None], other.hi[:, None, :]).reshape(self.rows, -1)
+        pairs = self.rows, self.lo.shape[1] * other.lo.shape[1]
+        lo = np.maximum(self.lo[:, :, None], other.lo[:, None, :]).reshape(pairs)
+        hi = np.minimum(self.hi[:, :, None], other.hi[:, None, :]).reshape(pairs)
         both = Panel.of_spans(lo, hi, self.start, self.stop)
         if self.bits is None or other.bits is None:
             both.bits = self.bits if other.bits is None else other.bits

@@ -22,7 +22,7 @@ from .problem import Band, Operands
 if TYPE_CHECKING:
     from .plan import Plan
 
-TILE_CELLS = 2**17  # scores in flight: half a MiB of float32, which stays in a second-level cache
+TILE_CELLS = 2**19  # scores in flight: 2 MiB of float32; small heads share a tile up to this
 
 
 class Kind(Enum):

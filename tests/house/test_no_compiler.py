@@ -34,8 +34,8 @@ def pip(*args: object, **environ: str) -> subprocess.CompletedProcess[str]:
 def build(tmp_path_factory):
     """Arguments of a build without a compiler. Its own folder, because CMake remembers a compiler once found."""
     folder = tmp_path_factory.mktemp("no_compiler")
-    wheel = ["wheel", ".", "--no-build-isolation", "--no-deps", "--config-settings", f"build-dir={folder}/build"]
-    return folder, [*wheel, "--wheel-dir", folder]
+    settings = ["--no-build-isolation", "--no-deps", "--config-settings", f"build-dir={folder}/build"]
+    return folder, ["wheel", ".", *settings, "--wheel-dir", folder]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,8 @@ np.testing.assert_allclose(tilefold.attention(q, k, v), weights / weights.sum(-1
 
 def test_doctor_says_what_is_missing(python):
     answer = python("-m", "tilefold", "doctor")
-    assert any("native core" in line and "missing" in line for line in answer.stdout.lower().splitlines()), answer
+    lines = answer.stdout.lower().splitlines()
+    assert any("native core" in line and "missing" in line for line in lines), answer
 
 
 def test_native_backend_is_an_import_error(python):
