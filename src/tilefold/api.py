@@ -132,7 +132,9 @@ def refuse_unknown(given: Iterable[str], known: Container[str] = ()) -> None:
         raise TypeError(f"unexpected keyword argument {name!r}; tilefold.attention lists the options")
 
 
-def probe(q: Array, k: Array, *what: Probe, mask: Mask | Array | None = None, **options: Any) -> SimpleNamespace:
+def probe(
+    q: Array, k: Array, *what: Probe, mask: Mask | Array | None = None, **options: Any
+) -> SimpleNamespace:
     """Statistics of the attention weights of q and k, without the matrix: one attribute per probe, by its name.
 
     Takes the masks and score options of `attention`. A probe is an object with a `name` and a ``start(problem, lead)``
@@ -233,7 +235,7 @@ def attention_grad(
     grads = backend_of(call.plan).gradient(call.plan, x, checked["dout"], checked.get("dlse"))
     if call.squeeze:
         grads = grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0])
-    return Grads(*(None if g is None else leave(q, g) for g in grads))
+    return Grads._make(None if g is None else leave(q, g) for g in grads)
 
 
 def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -254,9 +256,14 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
     for n, part in enumerate(parts):
         if not isinstance(part, (tuple, list)) or len(part) != 2:
             raise TypeError(f"merge: part {n} must be (out, lse), got {type(part).__name__}")
-        out, lse = enter_floats(f"merge: out of part {n}", part[0]), enter_floats(f"merge: lse of part {n}", part[1])
+        out, lse = (
+            enter_floats(f"merge: out of part {n}", part[0]),
+            enter_floats(f"merge: lse of part {n}", part[1]),
+        )
         if lse.shape != out.shape[:-1]:
-            raise ValueError(f"merge: part {n} has out {out.shape} and lse {lse.shape}; lse must be {out.shape[:-1]}")
+            raise ValueError(
+                f"merge: part {n} has out {out.shape} and lse {lse.shape}; lse must be {out.shape[:-1]}"
+            )
         like = out if like is None else like
         if out.shape != like.shape or out.dtype != like.dtype:
             raise ValueError(

@@ -89,7 +89,9 @@ class Call:
         if any(n > 1 and step == 0 for n, step in zip(array.shape, array.strides, strict=True)) or (
             array.size > 1 and _overlaps_itself(array)
         ):
-            raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
+            raise ValueError(
+                f"out must not overlap itself, got strides {array.strides} for shape {array.shape}"
+            )
         given = {"q": x.q, "k": x.k, "v": x.v, "bias": x.given_bias, "sinks": x.sinks, "alibi": x.alibi}
         for name, other in given.items():
             if other is not None and np.may_share_memory(array, other):
@@ -108,12 +110,21 @@ def _overlaps_itself(x: np.ndarray) -> bool:
 
 
 def understand(
-    q: Any, k: Any, v: Any, o: Options, *, want: Want = Want(0), backend: str = "auto", plan: Plan | None = None
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Options,
+    *,
+    want: Want = Want(0),
+    backend: str = "auto",
+    plan: Plan | None = None,
 ) -> Call:
     """Check every argument and make the call; nothing runs."""
     arrays = {"q": enter_floats("q", q), "k": enter_floats("k", k)}
     if v is None:
-        raise TypeError("v must be an array of values; only a cache object stands for keys and values together")
+        raise TypeError(
+            "v must be an array of values; only a cache object stands for keys and values together"
+        )
     arrays["v"] = enter_floats("v", v)
     _check_shapes(arrays)
     squeeze = arrays["q"].ndim == 2
@@ -133,7 +144,9 @@ def understand(
         has |= Has.SPANS | (Has.BITS if x.mask.may_need_bits else Has(0))
     if o.bias is not None:
         x.given_bias = enter_floats("bias", o.bias)
-        x.bias = _broadcast("bias", x.given_bias, (*lead, heads, q_len, kv_len), "(..., heads, q_len, kv_len)")
+        x.bias = _broadcast(
+            "bias", x.given_bias, (*lead, heads, q_len, kv_len), "(..., heads, q_len, kv_len)"
+        )
         if np.isposinf(x.given_bias.max(initial=-np.inf)):
             raise ValueError("bias must not be +inf; -inf hides a key, a finite value shifts its score")
         has |= Has.BIAS
@@ -144,7 +157,9 @@ def understand(
     if o.sinks is not None:
         logits = _small_floats("sinks", o.sinks)
         if logits.shape != (heads,):
-            raise ValueError(f"sinks must have shape ({heads},), one logit per query head; got {logits.shape}")
+            raise ValueError(
+                f"sinks must have shape ({heads},), one logit per query head; got {logits.shape}"
+            )
         x.sinks = _per_head("sinks", logits, lead, heads)
         has |= Has.SINKS
     problem = Problem(
@@ -179,9 +194,13 @@ def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
     q, k, v = arrays.values()
     for name, a in arrays.items():
         if a.ndim < 2:
-            raise ValueError(f"{name} must have shape (..., heads, length, dim) or (length, dim), got {a.shape}")
+            raise ValueError(
+                f"{name} must have shape (..., heads, length, dim) or (length, dim), got {a.shape}"
+            )
         if a.ndim != q.ndim:
-            raise ValueError(f"q, k and v must have the same number of dimensions, got q {q.shape} and {name} {a.shape}")
+            raise ValueError(
+                f"q, k and v must have the same number of dimensions, got q {q.shape} and {name} {a.shape}"
+            )
         if a.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype.name} and {name} {a.dtype.name}")
         if a.shape[:-3] != q.shape[:-3]:
@@ -208,7 +227,9 @@ def _lengths(o: Options, x: Operands) -> tuple[Layout, int]:
     if o.q_lengths is not None or o.kv_lengths is not None:
         raise TypeError("cu_seqlens and lengths exclude each other: packed sequences have no padding")
     if lead:
-        raise ValueError(f"packed sequences have shape (heads, total, dim) without a batch, got q {x.q.shape}")
+        raise ValueError(
+            f"packed sequences have shape (heads, total, dim) without a batch, got q {x.q.shape}"
+        )
     x.q_ends = check_cu_seqlens("cu_seqlens_q", enter("cu_seqlens_q", o.cu_seqlens_q), q_len)
     x.kv_ends = check_cu_seqlens("cu_seqlens_k", enter("cu_seqlens_k", o.cu_seqlens_k), kv_len)
     if len(x.q_ends) != len(x.kv_ends):
@@ -226,7 +247,9 @@ def _ends(name: str, given: Any, lead: tuple[int, ...], most: int) -> np.ndarray
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if array.shape not in ((), lead):
-        raise ValueError(f"{name} must have the leading shape {lead} of q, or be one integer; got {array.shape}")
+        raise ValueError(
+            f"{name} must have the leading shape {lead} of q, or be one integer; got {array.shape}"
+        )
     ends = np.array(np.broadcast_to(array, lead), np.int64)
     if ends.size and not (ends.min() >= 0 and ends.max() <= most):
         raise ValueError(f"{name} must lie within 0 and {most}, got {ends.min()} to {ends.max()}")

@@ -62,15 +62,18 @@ def _fold_block(
         sinks=None if x.sinks is None else seeds(x.sinks, block),
         output=space.take("output", (*rows, p.v_dim)),
     )
+    sighted = None if x.bias is None else np.zeros(rows, bool)  # a bias of -inf hides too
     for tile in tiles(block.panel, plan.block_k):
         scored = scores.tile(tile)
         if scored is not None:
+            if sighted is not None:
+                sighted |= True if scored.seen is None else scored.seen.any(axis=-1)
             shape = (block.heads, tile.k1 - tile.k0, p.v_dim)
             v = rows_of(block.kv_tile(x.v, tile), space.take("values", shape))
             stats.update(scored.s, v, scored.seen, work=product)
-    if x.bias is None and (empty := np.isneginf(stats.max_val)).any():
+    if (empty := np.isneginf(stats.max_val)).any():
         # A row that sees keys and still found only -inf has overflowed: that is NaN, never a silent 0.
-        lost = empty & np.tile(block.panel.visible() > 0, block.shape[1])
+        lost = empty & (np.tile(block.panel.visible() > 0, block.shape[1]) if sighted is None else sighted)
         stats.sum_exp[lost] = np.nan
         stats.max_val[lost] = np.nan
     return stats.finalize(work=product)

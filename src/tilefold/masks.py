@@ -100,12 +100,14 @@ class Panel:
 
     @property
     def rows(self) -> int:
-        return self.lo.shape[0]
+        return len(self.lo)
 
     @property
     def full(self) -> bool:
         """Whether every row sees every key of the window."""
-        covers = self.lo.shape[1] == 1 and bool((self.lo <= self.start).all() and (self.hi >= self.stop).all())
+        covers = self.lo.shape[1] == 1 and bool(
+            (self.lo <= self.start).all() and (self.hi >= self.stop).all()
+        )
         return self.bits is None and covers
 
     def cells(
@@ -141,9 +143,8 @@ class Panel:
 
     def visible(self) -> Ints:
         """How many keys each row sees."""
-        if self.bits is None:
-            return (self.hi - self.lo).sum(axis=1)
-        return np.bitwise_count(self._packed()).sum(axis=1, dtype=np.int64)
+        per_span = self.hi - self.lo if self.bits is None else np.bitwise_count(self._packed())
+        return np.asarray(per_span.sum(axis=1, dtype=np.int64))
 
     def __and__(self, other: Panel) -> Panel:
         pairs = self.rows, self.lo.shape[1] * other.lo.shape[1]
@@ -181,7 +182,9 @@ class Panel:
         for at in range(self.start, self.stop, CHUNK):
             end = min(at + CHUNK, self.stop)
             first = (at - self.start) // 8
-            bits[:, first : first + -(-(end - at) // 8)] = np.packbits(self.cells(at, end), axis=1, bitorder="little")
+            bits[:, first : first + -(-(end - at) // 8)] = np.packbits(
+                self.cells(at, end), axis=1, bitorder="little"
+            )
         return bits
 
     def _of_bits(self, bits: Bits) -> Panel:
@@ -230,7 +233,7 @@ class Mask:
         return _Not(self)
 
     def bind(self, q_len: int, kv_len: int) -> BoundMask:
-        """Fix the lengths. A bound mask can be sliced: ``mask.bind(8, 8)[2:4, :6]`` is what queries 2..4 see there."""
+        """Fix the lengths; the result can be sliced: ``mask.bind(8, 8)[2:4, :6]`` is what queries 2 and 3 see there."""
         return BoundMask(self, q_len, kv_len)
 
     def dense(self, q_len: int, kv_len: int) -> np.ndarray:
@@ -246,7 +249,9 @@ class Mask:
 def _mask(x: object) -> Mask:
     if isinstance(x, Mask):
         return x
-    raise TypeError(f"a mask combines with masks under & and |, got {type(x).__name__}; wrap arrays in tilefold.dense()")
+    raise TypeError(
+        f"a mask combines with masks under & and |, got {type(x).__name__}; wrap arrays in tilefold.dense()"
+    )
 
 
 class _Pair(Mask):
@@ -367,9 +372,12 @@ def band_panel(band: Band, rows: slice, keys: slice) -> Panel:
     """What `rows` see of `keys` through a band whose offset is known."""
     if band.unlimited:
         return Panel.everything(rows.stop - rows.start, keys.start, keys.stop)
-    at = np.arange(rows.start, rows.stop)[:, None] + (band.offset or 0)
-    lo = np.full_like(at, keys.start) if band.left is None else at - band.left
-    hi = np.full_like(at, keys.stop) if band.right is None else at + band.right + 1
+    at = np.arange(rows.start, rows.stop)[:, None]
+    # Limits are any integers: those beyond the panel's own size are clipped before they meet a machine integer.
+    least, most = keys.start - rows.stop, keys.stop - rows.start
+    offset = band.offset or 0
+    lo = np.full_like(at, keys.start) if band.left is None else at + min(max(offset - band.left, least), most)
+    hi = np.full_like(at, keys.stop) if band.right is None else at + min(max(offset + band.right + 1, least), most)
     return Panel.of_spans(lo, hi, keys.start, keys.stop)
 
 
@@ -379,7 +387,7 @@ class _Prefix(Mask):
 
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         shape = (rows.stop - rows.start, 1)
-        return Panel.of_spans(np.zeros(shape, np.int64), np.full(shape, self.length), keys.start, keys.stop)
+        return Panel.of_spans(np.zeros(shape, np.int64), np.full(shape, min(self.length, keys.stop)), keys.start, keys.stop)
 
     def __repr__(self) -> str:
         return f"prefix({self.length})"
@@ -391,8 +399,9 @@ class _Chunked(Mask):
 
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         at = np.arange(rows.start, rows.stop)[:, None] + frame.offset
-        lo = at // self.size * self.size
-        return Panel.of_spans(lo, lo + self.size, keys.start, keys.stop)
+        size = min(self.size, 2**62)
+        lo = at // size * size
+        return Panel.of_spans(lo, lo + size, keys.start, keys.stop)
 
     def __repr__(self) -> str:
         return f"chunked({self.size})"
@@ -405,13 +414,18 @@ class _Lengths(Mask):
         self.kv_lengths, self.q_lengths = kv_lengths, q_lengths
 
     def check(self, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> None:
-        for name, ends, most in (("kv_lengths", self.kv_lengths, kv_len), ("q_lengths", self.q_lengths, q_len)):
+        for name, ends, most in (
+            ("kv_lengths", self.kv_lengths, kv_len),
+            ("q_lengths", self.q_lengths, q_len),
+        ):
             if ends is None:
                 continue
             if ends.shape not in ((), lead):
                 raise ValueError(f"{name} must have the leading shape {lead} of q, got {ends.shape}")
             if ends.size and ends.max() > most:
-                raise ValueError(f"{name} must be at most {most}, the length of its operand; got {ends.max()}")
+                raise ValueError(
+                    f"{name} must be at most {most}, the length of its operand; got {ends.max()}"
+                )
 
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         kv_end = frame.kv_len if self.kv_lengths is None else _item(self.kv_lengths, frame.index) - frame.k0
@@ -463,11 +477,15 @@ class _Documents(_Cells):
 
     def cells(self, frame: Frame, rows: slice, k0: int, k1: int) -> np.ndarray:
         mine, ids = self._rows(frame, rows)
-        return mine[:, None] == ids[k0:k1]
+        return np.asarray(mine[:, None] == ids[k0:k1])
 
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         mine, ids = self._rows(frame, rows)
-        first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, np.int64)
+        first = (
+            np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+            if len(ids)
+            else np.zeros(0, np.int64)
+        )
         if len(np.unique(ids[first])) < len(first):  # a document in several pieces
             return super().panel(frame, rows, keys)
         order = np.argsort(ids[first], kind="stable")
@@ -683,7 +701,9 @@ def dense(array: object) -> Mask:
         raise TypeError("mask must not be a masked array: its own mask would be ignored")
     cells = np.asarray(array)
     if cells.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean (True = visible), got {cells.dtype}; additive masks go to bias=")
+        raise TypeError(
+            f"mask must be boolean (True = visible), got {cells.dtype}; additive masks go to bias="
+        )
     return _Dense(np.broadcast_to(cells, (1,) * max(2 - cells.ndim, 0) + cells.shape))
 
 

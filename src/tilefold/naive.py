@@ -34,7 +34,7 @@ class _Head:
 
 
 def naive(
-    q: Any, k: Any, v: Any, mask: Any = None, *, dtype: np.typing.DTypeLike = None, **options: Any
+    q: Any, k: Any, v: Any, mask: Any = None, *, dtype: np.typing.DTypeLike | None = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """``(out, lse)`` of the same call of `tilefold.attention`, computed with the whole matrix in `dtype`.
 
@@ -56,7 +56,9 @@ def naive(
     return (out if dtype is not None else out.astype(x.q.dtype)), lse
 
 
-def naive_weights(q: Any, k: Any, mask: Any = None, *, dtype: np.typing.DTypeLike = None, **options: Any) -> np.ndarray:
+def naive_weights(
+    q: Any, k: Any, mask: Any = None, *, dtype: np.typing.DTypeLike | None = None, **options: Any
+) -> np.ndarray:
     """The whole matrix of weights ``(..., Hq, Sq, Sk)``, zero where hidden."""
     call, acc = _understood(q, k, k, mask, dtype, options)
     weights = np.zeros((*call.operands.q.shape[:-1], call.problem.kv_len), acc)
@@ -73,7 +75,7 @@ def naive_grad(
     dlse: np.ndarray | None = None,
     mask: Any = None,
     *,
-    dtype: np.typing.DTypeLike = None,
+    dtype: np.typing.DTypeLike | None = None,
     saved: tuple[np.ndarray, np.ndarray] | None = None,
     **options: Any,
 ) -> Grads:
@@ -90,11 +92,15 @@ def naive_grad(
     dbias = None if x.bias is None else np.zeros(x.bias.shape, acc)
     dsinks = None if x.sinks is None else np.zeros(p.heads, acc)
     for h in _heads(call, acc):
-        live = h.seen.any(axis=1)
+        live = np.any(h.seen, axis=1)
         qs = np.where(live[:, None], x.q[h.where].astype(acc), 0)
         ks, vs = x.k[h.kv_where].astype(acc), x.v[h.kv_where].astype(acc)
         do = np.where(live[:, None], dout[h.where].astype(acc), 0)
-        dl = np.zeros(len(live), acc) if dlse is None else np.where(np.isneginf(h.lse), 0, dlse[h.where].astype(acc))
+        dl = (
+            np.zeros(len(live), acc)
+            if dlse is None
+            else np.where(np.isneginf(h.lse), 0, dlse[h.where].astype(acc))
+        )
         with np.errstate(all="ignore"):
             dp = do @ vs.T
             if saved is None:
@@ -122,7 +128,9 @@ def naive_grad(
     return Grads(dq, dk, dv, dbias, dsinks)
 
 
-def _understood(q: Any, k: Any, v: Any, mask: Any, dtype: Any, options: dict[str, Any]) -> tuple[Any, np.dtype]:
+def _understood(
+    q: Any, k: Any, v: Any, mask: Any, dtype: Any, options: dict[str, Any]
+) -> tuple[Any, np.dtype]:
     call = understand(q, k, v, Options(mask=mask, **options), backend="numpy")
     return call, call.problem.accumulate if dtype is None else np.dtype(dtype)
 
@@ -148,19 +156,23 @@ def _heads(call: Any, acc: np.dtype) -> Iterator[_Head]:
                     seen = seen & ~np.isneginf(bias)
                     s = s + bias
                 s = np.where(seen, s, acc.type(-np.inf))
-                weights, lse = _softmax(s, None if x.sinks is None else x.sinks[(*f.index, head)].astype(acc), seen)
+                weights, lse = _softmax(
+                    s, None if x.sinks is None else x.sinks[(*f.index, head)].astype(acc), seen
+                )
             yield _Head(where, kv_where, head, (*f.index, head, rows, keys), seen, capped, s, weights, lse)
 
 
 def _seen(call: Any, f: Frame, head: int) -> np.ndarray:
     """The whole mask of one head as booleans."""
-    band = call.problem.band._replace(offset=f.offset if call.problem.band.offset is None else call.problem.band.offset)
+    band = call.problem.band._replace(
+        offset=f.offset if call.problem.band.offset is None else call.problem.band.offset
+    )
     rows, keys = slice(0, f.q_len), slice(0, f.kv_len)
     seen = band_panel(band, rows, keys).cells(0, f.kv_len)
     if call.operands.mask is None:
         return seen
     frame = Frame(f.q_len, f.kv_len, f.index, head, f.q0, f.k0, f.q_total, f.kv_total)
-    return seen & call.operands.mask.panel(frame, rows, keys).cells(0, f.kv_len)
+    return np.asarray(seen & call.operands.mask.panel(frame, rows, keys).cells(0, f.kv_len))
 
 
 def _softmax(s: np.ndarray, sink: Any, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -178,10 +190,10 @@ def _softmax(s: np.ndarray, sink: Any, seen: np.ndarray) -> tuple[np.ndarray, np
 def _apart(p: np.ndarray, x: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """``p @ x`` without the pairs that do not see each other, for whom 0 * NaN would be NaN."""
     if np.isfinite(x).all():
-        return p @ x
-    return np.where(seen[:, :, None], p[:, :, None] * x[None], 0).sum(axis=1)
+        return np.asarray(p @ x)
+    return np.asarray(np.where(seen[:, :, None], p[:, :, None] * x[None], 0).sum(axis=1))
 
 
 def _sum_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
-    return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
+    return np.asarray(x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True))

@@ -130,6 +130,7 @@ def replay(plan: Plan, x: Operands, space: Workspace, taps: Sequence[Tap | Probe
             lse = block.per_row(x.lse).reshape(block.heads, block.count).astype(p.accumulate)
             live = _live(plan, x, space, block) & (lse > -np.inf) | np.isnan(lse)
             shift = np.where(live, lse, lse.dtype.type(0))
+            lost = bool(np.isnan(shift).any())
             all_live = bool(live.all())
             scores.open(block, None if all_live else live)
             for tap in taps:
@@ -144,6 +145,8 @@ def replay(plan: Plan, x: Operands, space: Workspace, taps: Sequence[Tap | Probe
                 np.exp(weights, out=weights)
                 if not all_live:
                     np.copyto(weights, 0, where=~live[..., None])
+                if lost and scored.seen is not None:
+                    np.copyto(weights, 0, where=~scored.seen)  # a row that is NaN has no say over keys it does not see
                 given = Weights(weights, block, tile, scored)
                 for tap in taps:
                     tap.take(given)
@@ -241,7 +244,9 @@ class Gradient(Tap):
             np.copyto(ds, 0, where=~seen)
             back = seen.swapaxes(-1, -2)
         dv = self.space.take("dv_part", (block.heads, keys, p.v_dim))
-        block.kv_tile(self.dv, tile)[...] += weigh(weights.p.swapaxes(1, 2), self.douts.swapaxes(1, 2), back, dv)
+        block.kv_tile(self.dv, tile)[...] += weigh(
+            weights.p.swapaxes(1, 2), self.douts.swapaxes(1, 2), back, dv
+        )
         if self.dbias is not None:
             self._add_dbias(self.dbias, raw, block, tile)
         if weights.scored.capped is not None:
@@ -263,7 +268,11 @@ class Gradient(Tap):
         part = raw.reshape(block.heads, tile.k1 - tile.k0, *block.shape[1:]).transpose(0, 2, 3, 1)
         *lead, heads, q_len, kv_len = dbias.shape
         into = dbias[tuple(0 if n == 1 else i for n, i in zip(lead, f.index, strict=True))]
-        into = into.reshape(1, 1, q_len, kv_len) if heads == 1 else into.reshape(-1, block.group_size, q_len, kv_len)
+        into = (
+            into.reshape(1, 1, q_len, kv_len)
+            if heads == 1
+            else into.reshape(-1, block.group_size, q_len, kv_len)
+        )
         where = [slice(0, 1)] * 4
         if heads > 1:
             where[:2] = block.kv_heads, block.group
@@ -281,6 +290,6 @@ class Gradient(Tap):
         if self.dbias is not None and x.given_bias is not None:
             dbias = self.dbias.reshape(x.given_bias.shape).astype(x.given_bias.dtype, copy=False)
         if self.dsinks is not None and x.sinks is not None:
-            dsinks = self.dsinks.reshape(-1, self.p.heads).sum(axis=0).astype(x.sinks.dtype, copy=False)
+            dsinks = self.dsinks.sum(axis=tuple(range(self.dsinks.ndim - 1))).astype(x.sinks.dtype, copy=False)
         dk, dv = (g.astype(a.dtype, copy=False) for g, a in ((self.dk, x.k), (self.dv, x.v)))
         return Grads(self.dq, dk, dv, dbias, dsinks)

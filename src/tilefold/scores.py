@@ -135,7 +135,10 @@ class Scores:
         (_, group, rows), keys = block.shape, tile.k1 - tile.k0
         at = np.arange(block.rows.start, block.rows.stop) + (block.frame.offset if offset is None else offset)
         distance = self.space.take("distance", (keys, rows))
-        np.abs(np.subtract(at, np.arange(tile.k0, tile.k1)[:, None], out=distance, casting="unsafe"), out=distance)
+        np.abs(
+            np.subtract(at, np.arange(tile.k0, tile.k1)[:, None], out=distance, casting="unsafe"),
+            out=distance,
+        )
         slanted = self.space.take("slanted", (keys, rows))
         by_head = raw.reshape(block.heads, keys, group, rows)
         for (h, g), slope in np.ndenumerate(block.per_head(self.x.alibi)):

@@ -1,4 +1,5 @@
-"""The monoid. Running maximum, sum of e^(s - m), accumulator. Empty is neutral; merge associates; finalize divides once.
+"""The monoid. Running maximum, sum of e^(s - m), accumulator. Empty is neutral; merge associates; finalize divides
+once.
 
 (Milakov & Gimelshein 2018, arXiv 1805.02867; Rabe & Staats 2021, arXiv 2112.05682; Dao et al. 2022, arXiv 2205.14135.)
 The fact to know: a row that has seen nothing has maximum -inf, and -inf - (-inf) is NaN. `shift` below is the only
@@ -72,7 +73,9 @@ class OnlineStats:
         np.exp(p, out=p)
         keep = np.exp(self.max_val - shift)
         self.max_val = top
-        self.sum_exp = self.sum_exp * keep + p @ np.ones(p.shape[-1], p.dtype)  # a BLAS sum, twice NumPy's pace
+        self.sum_exp = self.sum_exp * keep + p @ np.ones(
+            p.shape[-1], p.dtype
+        )  # a BLAS sum, twice NumPy's pace
         self.output *= keep[..., None]
         self.output += weigh(p, v, seen, work)
         return self
@@ -90,7 +93,8 @@ class OnlineStats:
 
     def _weighted(self, factor: np.ndarray) -> np.ndarray:
         """The accumulator times a factor per row; that of an empty row counts as 0, whatever it holds."""
-        return np.where(np.isneginf(self.max_val)[..., None], factor.dtype.type(0), factor[..., None] * self.output)
+        weighted: np.ndarray = factor[..., None] * self.output
+        return np.where(np.isneginf(self.max_val)[..., None], factor.dtype.type(0), weighted)
 
     def finalize(self, *, work: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """``(out, lse)``: the weighted mean of the values and the log-sum-exp. An empty row gives 0 and -inf."""

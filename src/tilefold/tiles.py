@@ -58,7 +58,7 @@ class RowBlock:
     @property
     def heads(self) -> int:
         """Key heads."""
-        return self.kv_heads.stop - self.kv_heads.start
+        return int(self.kv_heads.stop - self.kv_heads.start)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,8 +78,8 @@ class RowBlock:
 
     def kv_tile(self, x: np.ndarray, tile: Tile) -> np.ndarray:
         """The tile's rows of an array ``(*lead, Hkv, Sk, D)`` as a view ``(kv_heads, keys, D)``."""
-        f = self.frame
-        return x[f.index][self.kv_heads, f.k0 + tile.k0 : f.k0 + tile.k1]
+        f, sequence = self.frame, np.asarray(x[self.frame.index])
+        return sequence[self.kv_heads, f.k0 + tile.k0 : f.k0 + tile.k1]
 
     def bias_tile(self, x: np.ndarray, tile: Tile) -> np.ndarray:
         """The tile's part of an array ``(*lead, Hq, Sq, Sk)`` as a view ``(kv_heads, group, rows, keys)``."""
@@ -109,6 +109,8 @@ def heads_at_once(plan: Plan) -> int:
 def row_blocks(plan: Plan, x: Operands, only: slice | None = None) -> Iterator[RowBlock]:
     """Every block of query rows, or those within the rows `only` of the q array."""
     p = plan.problem
+    if not p.heads:
+        return
     step = heads_at_once(plan)
     whole = slice(0, p.group)
     for frame in frames(p, x):
@@ -153,7 +155,9 @@ def tiles(panel: Panel, block_k: int) -> Iterator[Tile]:
     blocks: set[int] = set()
     for n in range(panel.lo.shape[1]):
         some = live[:, n]
-        blocks.update(range(int(panel.lo[some, n].min()) // block_k, -(-int(panel.hi[some, n].max()) // block_k)))
+        blocks.update(
+            range(int(panel.lo[some, n].min()) // block_k, -(-int(panel.hi[some, n].max()) // block_k))
+        )
     lo_min, lo_max = int(panel.lo[live].min()), int(panel.lo[live].max())
     hi_min, hi_max = int(panel.hi[live].min()), int(panel.hi[live].max())
     for block in sorted(blocks):
@@ -168,7 +172,7 @@ def tiles(panel: Panel, block_k: int) -> Iterator[Tile]:
             k0, k1 = max(k0, int(panel.lo[touch].min())), min(k1, int(panel.hi[touch].max()))
             whole = bool(((panel.lo <= k0) & (panel.hi >= k1)).any(axis=1).all())
             full0, full1 = (k0, k1) if whole else (k1, k1)
-        if not covered and one or full1 < full0 or panel.bits is not None:
+        if (not covered and one) or full1 < full0 or panel.bits is not None:
             full0 = full1 = k1
         kind = FULL if (full0, full1) == (k0, k1) else EDGE
         yield Tile(k0, k1, kind, full0, full1)

@@ -1,4 +1,4 @@
-"""Masks against their definitions cell by cell, their algebra, and slicing; plus panels and tiles that never lose a cell."""
+"""Masks against their definitions cell by cell, their algebra, slicing; panels and tiles that never lose a cell."""
 
 import numpy as np
 import pytest
@@ -128,7 +128,9 @@ def test_an_empty_tile_is_never_scored(monkeypatch):
     monkeypatch.setattr(
         Scores,
         "tile",
-        lambda self, tile, keep=None: cells.append((tile.k1 - tile.k0) * self.block.count) or scored(self, tile, keep),
+        lambda self, tile, keep=None: (
+            cells.append((tile.k1 - tile.k0) * self.block.count) or scored(self, tile, keep)
+        ),
     )
     q = np.zeros((1, 2048, 4), np.float32)
     config = tf.FlashConfig(64, 64, 1.0, causal=True)

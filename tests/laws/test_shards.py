@@ -19,7 +19,11 @@ MASKS = {
 }
 
 
-@given(st.sampled_from(list(MASKS)), st.lists(st.integers(0, K), max_size=4), st.lists(st.integers(0, Q), max_size=3))
+@given(
+    st.sampled_from(list(MASKS)),
+    st.lists(st.integers(0, K), max_size=4),
+    st.lists(st.integers(0, Q), max_size=3),
+)
 def test_shards_merge_to_the_whole(name, key_cuts, row_cuts):
     rng = np.random.default_rng(7)
     q, k, v = rng.normal(size=(2, Q, D)), rng.normal(size=(2, K, D)), rng.normal(size=(2, K, D))
@@ -44,7 +48,9 @@ def test_any_tile_size_gives_the_same(block_q, block_kv, causal):
     q, k, v = np.random.default_rng(3).normal(size=(3, 2, 33, 8))
     config = tf.FlashConfig(block_q, block_kv, 0.3, causal)
     np.testing.assert_allclose(
-        tf.flash_attention(q, k, v, config).output, tf.attention(q, k, v, scale=0.3, causal=causal), atol=1e-14
+        tf.flash_attention(q, k, v, config).output,
+        tf.attention(q, k, v, scale=0.3, causal=causal),
+        atol=1e-14,
     )
 
 

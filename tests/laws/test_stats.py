@@ -1,4 +1,4 @@
-"""The monoid's laws, on any split of any scores: empty is neutral to the bit, merge associates, order does not matter."""
+"""The monoid's laws, on any split of any scores: empty is neutral to the bit, merge associates, any order will do."""
 
 import numpy as np
 import pytest

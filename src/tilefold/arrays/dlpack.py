@@ -37,7 +37,7 @@ def _not_its_memory(x: Any) -> str | None:
         return None
     if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return "stands for other tensors and has no memory of its own"
-    return "is a negated view of other memory; resolve_neg() makes it a tensor" if x.is_neg() else None
+    return "is a negated view of other memory; pass tensor.resolve_neg()" if x.is_neg() else None
 
 
 def leave(like: Any, result: np.ndarray) -> Any:

@@ -8,7 +8,9 @@ import numpy as np
 def enter(name: str, x: np.ndarray) -> np.ndarray:
     """`x` itself, as a plain ndarray."""
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} must not be a masked array: its mask would be ignored; fill it, and pass mask=")
+        raise TypeError(
+            f"{name} must not be a masked array: its mask would be ignored; fill it, and pass mask="
+        )
     if x.dtype.hasobject or x.dtype.names is not None:
         raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
     return x.view(np.ndarray)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -28,12 +29,13 @@ class NativeCoreMissing(RuntimeWarning):
 def load() -> tuple[ModuleType | None, str]:
     """The extension module and '', or None and why not."""
     try:
-        from .. import _core
+        return import_module("tilefold._core"), ""
     except ImportError as error:
         if os.environ.get("TILEFOLD_BACKEND") == "native":
-            raise ImportError(f"TILEFOLD_BACKEND=native, but the native core cannot be loaded: {error}") from error
+            raise ImportError(
+                f"TILEFOLD_BACKEND=native, but the native core cannot be loaded: {error}"
+            ) from error
         return None, str(error)
-    return _core, ""
 
 
 CORE, WHY_MISSING = load()
@@ -60,20 +62,22 @@ class NativeBackend:
             return "the native core is not installed (`tilefold doctor` says why)"
         return "this version's native core has no attention kernels"
 
-    def _refuse(self) -> Any:
-        raise NotImplementedError("the native core has no attention kernels; why_not() says so for every problem")
+    def _refuse(self) -> NoReturn:
+        raise NotImplementedError(
+            "the native core has no attention kernels; why_not() says so for every problem"
+        )
 
     def plan(self, p: Problem) -> Plan:
-        return self._refuse()
+        self._refuse()
 
     def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:
-        return self._refuse()
+        self._refuse()
 
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
-        return self._refuse()
+        self._refuse()
 
     def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
-        return self._refuse()
+        self._refuse()
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
-        return self._refuse()
+        self._refuse()

@@ -41,7 +41,7 @@ class NumpyBackend:
         return None
 
     def plan(self, p: Problem) -> Plan:
-        block_q = max(1, min(p.q_len, max(16, ROWS // p.group)))
+        block_q = max(1, min(p.q_len, max(16, ROWS // max(p.group, 1))))
         return self.resize(Plan(p, self.name, "blas", 1, 1, note="fold.py over BLAS"), block_q, KEYS)
 
     def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:

@@ -47,7 +47,9 @@ def judge(name: str, got: np.ndarray, plain: np.ndarray, reference: np.ndarray, 
     wide = reference.dtype
     finite = np.isfinite(reference)
     got, plain = got.astype(wide), plain.astype(wide)
-    same = bool(np.array_equal(np.where(finite, 0, reference), np.where(np.isfinite(got), 0, got), equal_nan=True))
+    same = bool(
+        np.array_equal(np.where(finite, 0, reference), np.where(np.isfinite(got), 0, got), equal_nan=True)
+    )
     if not finite.any():
         return Error(name, 0.0, 0.0, same)
     with np.errstate(invalid="ignore"):

@@ -160,7 +160,7 @@ class Case:
         if "alibi" in w:
             options["alibi"] = rng.random((*lead, self.heads) if w["alibi"] == "b" else self.heads) / 8
         if "bias" in w:
-            b, h, s, t = w["bias"]
+            b, h, s, t = list(w["bias"])
             full = {"h": self.heads, "q": n["q"], "k": n["k"], "1": 1}
             shape = (lead if b == "b" else (1,) * len(lead)) + tuple(full[x] for x in (h, s, t))
             bias = rng.standard_normal(shape)
@@ -199,10 +199,11 @@ class Case:
 
     def _poison(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: dict[str, Any]) -> None:
         """Put NaN and inf into every key and value row that no query of any head sees."""
-        seen = naive_weights(np.zeros_like(q), np.zeros_like(k), **options) > 0
-        seen = seen.any(axis=-2).reshape(*seen.shape[:-3], self.kv_heads, -1, self.size["k"]).any(axis=-2)
-        k[~seen] = np.nan
-        v[~seen] = np.inf
+        seen = np.asarray(naive_weights(np.zeros_like(q), np.zeros_like(k), **options) > 0)
+        by_key_head = (*seen.shape[:-3], self.kv_heads, -1, self.size["k"])
+        anyone = np.asarray(seen.any(axis=-2)).reshape(by_key_head).any(axis=-2)
+        k[~anyone] = np.nan
+        v[~anyone] = np.inf
 
     def replay(self) -> Report:
         """Run the case forward and backward against the oracle."""
@@ -230,8 +231,9 @@ class Case:
 
 
 KNOWN = frozenset(
-    "causal window band prefix chunked anchors documents dense predicate q_lengths kv_lengths packed scale softcap sinks "
-    "alibi bias hide logits order nan seed".split()
+    {"causal", "window", "band", "prefix", "chunked", "anchors", "documents", "dense", "predicate"}
+    | {"q_lengths", "kv_lengths", "packed", "scale", "softcap", "sinks", "alibi", "bias", "hide"}
+    | {"logits", "order", "nan", "seed"}
 )
 
 
@@ -259,9 +261,9 @@ def _packed(text: str) -> tuple[list[int], list[int]]:
 
 def _numpy(name: str) -> np.dtype:
     if name == "bfloat16":
-        import ml_dtypes
+        import ml_dtypes  # noqa: F401  (registers the name)
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(name)
     return np.dtype(name)
 
 
