@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from .arrays import enter_floats, leave
-from .call import DROPOUT, Call, Options, understand
+from .call import DROPOUT, Call, Options, flag, understand
 from .layouts import empty_like, frames
 from .masks import Mask
 from .plan import Plan, backend_of
@@ -110,9 +110,10 @@ def attention(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_lengths=q_lengths, kv_lengths=kv_lengths,
         invariant=invariant,
     )  # fmt: skip
-    want = (Want.LSE if return_lse or probes else Want(0)) | (Want.TAPS if probes else Want(0))
-    call = understand(q, k, v, options, want=want, backend=backend, plan=plan)
     _check_probes(probes)
+    want = Want.LSE if flag("return_lse", return_lse) or probes else Want(0)
+    want |= Want.TAPS if probes else Want(0)
+    call = understand(q, k, v, options, want=want, backend=backend, plan=plan)
     call.allocate(out)
     call.fold()
     result = out if out is not None else leave(q, call.out)
@@ -169,6 +170,8 @@ def probe(
 
 
 def _check_probes(probes: Any) -> None:
+    if not isinstance(probes, (list, tuple)):
+        raise TypeError(f"probes must be a list or tuple of probes, got {type(probes).__name__}")
     for given in probes:
         if not hasattr(given, "name") or not hasattr(given, "start"):
             raise TypeError(f"a probe must have a name and start(problem, lead), got {type(given).__name__}")
@@ -260,6 +263,8 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
             enter_floats(f"merge: out of part {n}", part[0]),
             enter_floats(f"merge: lse of part {n}", part[1]),
         )
+        if out.ndim < 2:
+            raise ValueError(f"merge: out of part {n} must have shape (..., length, dim), got {out.shape}")
         if lse.shape != out.shape[:-1]:
             raise ValueError(
                 f"merge: part {n} has out {out.shape} and lse {lse.shape}; lse must be {out.shape[:-1]}"
@@ -338,7 +343,7 @@ def explain(
     17184063488
     """
     refuse_unknown(options, known=Options.__dataclass_fields__)
-    want = Want.LSE if return_lse else Want(0)
+    want = Want.LSE if flag("return_lse", return_lse) else Want(0)
     call = understand(q, k, v, Options(mask=mask, **options), want=want, backend=backend, plan=plan)
     p, x = call.problem, call.operands
     if p.has & Has.LENGTHS or p.band.offset is None:

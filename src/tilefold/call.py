@@ -8,7 +8,7 @@ from there, and a padded batch equals the same sequences packed, or alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import inf, isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -92,11 +92,22 @@ class Call:
             raise ValueError(
                 f"out must not overlap itself, got strides {array.strides} for shape {array.shape}"
             )
-        given = {"q": x.q, "k": x.k, "v": x.v, "bias": x.given_bias, "sinks": x.sinks, "alibi": x.alibi}
-        for name, other in given.items():
-            if other is not None and np.may_share_memory(array, other):
+        given = [("q", x.q), ("k", x.k), ("v", x.v), ("bias", x.given_bias), ("sinks", x.sinks), ("alibi", x.alibi)]
+        given += [("mask", cells) for cells in (() if x.mask is None else x.mask.arrays)]
+        for name, other in given:
+            if other is not None and _share_memory(array, other):
                 raise ValueError(f"out must not share memory with {name}")
         return array[None] if self.squeeze else array
+
+
+def _share_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have a byte in common; where that is too hard to tell, whether their extents overlap."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _overlaps_itself(x: np.ndarray) -> bool:
@@ -152,6 +163,8 @@ def understand(
         has |= Has.BIAS
     if o.alibi is not None:
         slopes = _small_floats("alibi", o.alibi)
+        if np.isinf(slopes).any():
+            raise ValueError("alibi must not hold NaN or infinity")
         x.alibi = _per_head("alibi", slopes, lead, heads)
         has |= Has.ALIBI
     if o.sinks is not None:
@@ -178,7 +191,7 @@ def understand(
         band=band,
         layout=layout,
         has=has,
-        want=want | (Want.INVARIANT if _flag("invariant", o.invariant) else Want(0)),
+        want=want | (Want.INVARIANT if flag("invariant", o.invariant) else Want(0)),
     )
     if plan is not None:
         if backend not in ("auto", getattr(plan, "backend", backend)):
@@ -243,23 +256,24 @@ def _lengths(o: Options, x: Operands) -> tuple[Layout, int]:
 def _ends(name: str, given: Any, lead: tuple[int, ...], most: int) -> np.ndarray | None:
     if given is None:
         return None
-    array = enter(name, given) if not isinstance(given, (int, np.integer)) else np.asarray(given)
+    if isinstance(given, int) and not 0 <= given <= most:
+        raise ValueError(f"{name} must lie within 0 and {most}, got {given}")
+    array = np.asarray(given) if isinstance(given, (int, np.integer)) else enter(name, given)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if array.shape not in ((), lead):
         raise ValueError(
             f"{name} must have the leading shape {lead} of q, or be one integer; got {array.shape}"
         )
-    ends = np.array(np.broadcast_to(array, lead), np.int64)
-    if ends.size and not (ends.min() >= 0 and ends.max() <= most):
-        raise ValueError(f"{name} must lie within 0 and {most}, got {ends.min()} to {ends.max()}")
-    return ends
+    if array.size and not (array.min() >= 0 and array.max() <= most):
+        raise ValueError(f"{name} must lie within 0 and {most}, got {array.min()} to {array.max()}")
+    return np.array(np.broadcast_to(array, lead), np.int64)
 
 
 def _mask(o: Options) -> Mask | None:
     """All that hides by position or by choice, as one conjunction."""
     parts: list[Mask] = []
-    if _flag("causal", o.causal):
+    if flag("causal", o.causal):
         parts.append(causal())
     if o.window is not None:
         if not isinstance(o.window, (tuple, list)) or len(o.window) != 2:
@@ -276,7 +290,7 @@ def _mask(o: Options) -> Mask | None:
     return whole
 
 
-def _flag(name: str, x: object) -> bool:
+def flag(name: str, x: object) -> bool:
     if not isinstance(x, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {type(x).__name__}")
     return bool(x)
@@ -285,14 +299,23 @@ def _flag(name: str, x: object) -> bool:
 def _number(name: str, x: Any) -> float:
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if not isfinite(x):
-        raise ValueError(f"{name} must be finite, got {x}")
-    return float(x)
+    try:
+        number = float(x)
+    except OverflowError:  # an integer beyond every float
+        number = inf
+    if not isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def _small_floats(name: str, x: Any) -> np.ndarray:
     """Per-head numbers; a list of floats is taken too."""
-    array = enter_floats(name, np.asarray(x, float) if isinstance(x, (list, tuple)) else x)
+    if isinstance(x, (list, tuple)):
+        try:
+            x = np.asarray(x, float)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be an array or a list of numbers, got {x!r}") from None
+    array = enter_floats(name, x)
     if np.isnan(array).any() or np.isposinf(array).any():
         raise ValueError(f"{name} must not hold NaN or +inf")
     return array

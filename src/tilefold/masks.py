@@ -215,6 +215,8 @@ class Mask:
     by_batch = False  # whether panels differ between batch items
     by_head = False  # whether panels differ between heads
     may_need_bits = False
+    arrays: tuple[np.ndarray, ...] = ()  # memory of the caller that is read, not copied
+    __array_ufunc__ = None  # ``array & mask`` is for us to refuse, not for NumPy to repeat per element
 
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         """What queries `rows` see among `keys` (both within the sequence of `frame`)."""
@@ -226,8 +228,12 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         return _Both(self, _mask(other))
 
+    __rand__ = __and__
+
     def __or__(self, other: Mask) -> Mask:
         return _Either(self, _mask(other))
+
+    __ror__ = __or__
 
     def __invert__(self) -> Mask:
         return _Not(self)
@@ -259,6 +265,7 @@ class _Pair(Mask):
         self.a, self.b = a, b
         self.by_batch = a.by_batch or b.by_batch
         self.by_head = a.by_head or b.by_head
+        self.arrays = a.arrays + b.arrays
         self.may_need_bits = a.may_need_bits or b.may_need_bits
 
     def check(self, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> None:
@@ -286,6 +293,7 @@ class _Not(Mask):
     def __init__(self, a: Mask) -> None:
         self.a = a
         self.by_batch, self.by_head, self.may_need_bits = a.by_batch, a.by_head, a.may_need_bits
+        self.arrays = a.arrays
 
     def check(self, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> None:
         self.a.check(lead, heads, q_len, kv_len)
@@ -307,6 +315,7 @@ class BoundMask(Mask):
         self.mask, self.shape = mask, (int(q_len), int(kv_len))
         self.rows, self.keys = slice(0, self.shape[0]), slice(0, self.shape[1])
         self.by_batch, self.by_head, self.may_need_bits = mask.by_batch, mask.by_head, mask.may_need_bits
+        self.arrays = mask.arrays
 
     @property
     def q_len(self) -> int:
@@ -317,7 +326,11 @@ class BoundMask(Mask):
         return self.keys.stop - self.keys.start
 
     def __getitem__(self, ranges: tuple[slice, slice] | slice) -> BoundMask:
-        rows, keys = ranges if isinstance(ranges, tuple) else (ranges, slice(None))
+        both = ranges if isinstance(ranges, tuple) else (ranges, slice(None))
+        if len(both) != 2 or not all(isinstance(part, slice) for part in both):
+            words = ", ".join(type(part).__name__ for part in both)
+            raise TypeError(f"a mask is sliced by two ranges, [queries, keys]; got {words}")
+        rows, keys = both
         part = BoundMask(self.mask, *self.shape)
         part.rows = _within(self.rows, rows, "query")
         part.keys = _within(self.keys, keys, "key")
@@ -503,7 +516,7 @@ class _Documents(_Cells):
 
 class _Dense(_Cells):
     def __init__(self, array: np.ndarray) -> None:
-        self.array = array
+        self.array, self.arrays = array, (array,)
         self.by_head = array.ndim > 2 and array.shape[-3] > 1
         self.by_batch = any(n > 1 for n in array.shape[:-3])
 

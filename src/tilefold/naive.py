@@ -183,7 +183,7 @@ def _softmax(s: np.ndarray, sink: Any, seen: np.ndarray) -> tuple[np.ndarray, np
     shift = np.where(empty, 0, top).astype(s.dtype)
     e = np.where(seen, np.exp(s - shift[:, None]), 0)
     total = e.sum(axis=1) + (0 if sink is None else np.exp(sink - shift))
-    weights = e / np.where(total == 0, 1, total)[:, None]
+    weights = np.where(seen, e / np.where(total == 0, 1, total)[:, None], 0)
     return weights.astype(s.dtype), np.where(empty, -np.inf, shift + np.log(total)).astype(s.dtype)
 
 

@@ -88,10 +88,17 @@ def pinned(plan: Plan, p: Problem) -> Plan:
     free = replace(p, want=plan.problem.want)
     if plan.problem != free:
         raise ValueError(f"plan was made for another problem: it is for '{plan.problem}', the call is '{p}'")
+    if min(plan.block_q, plan.block_k) < 1:
+        raise ValueError(f"plan must have blocks of at least 1 x 1, got {plan.block_q} x {plan.block_k}")
+    if (why := backend_of(plan).why_not(p)) is not None:
+        raise BackendRefused(f"plan is for the backend {plan.backend!r}, which refuses: {why}")
     return replace(plan, problem=p)
 
 
 def backend_of(plan: Plan) -> Backend:
     from .backends import BACKENDS
 
-    return next(b for b in BACKENDS if b.name == plan.backend)
+    for backend in BACKENDS:
+        if backend.name == plan.backend:
+            return backend
+    raise ValueError(f"plan is for the backend {plan.backend!r}, which does not exist")

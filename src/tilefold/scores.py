@@ -2,14 +2,15 @@
 
 A tile of scores lies in memory key by key (S transposed, lanes are queries): the product of a key tile with packed
 queries is the faster orientation in every BLAS tried, and maximum, sum and rescale become plain vertical operations.
-Scaling happens after the product, not on q: one rounding less for every scale that is not a power of two.
+Scaling happens after the product, on a tile in cache: one rounding less than scaling q. A scale that is a power of two
+rounds nothing, so there it moves to the queries and a pass over the tile is saved (4 % of the time at dim 64).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import frexp, prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,11 +53,18 @@ def score_shapes(plan: Plan) -> Shapes:
         "scores": ((h, c, r), acc),
         "keys": ((h, c, p.dim), acc),
     }
+    if _scale_is_exact(p):
+        shapes["scaled"] = shapes["queries"]
     if not p.band.unlimited or p.has & (Has.SPANS | Has.BITS):
         shapes["seen"] = shapes["hidden"] = ((c, r), np.dtype(bool))
     if p.has & Has.ALIBI:
         shapes["distance"] = shapes["slanted"] = ((c, plan.block_q), acc)
     return shapes
+
+
+def _scale_is_exact(p: Problem) -> bool:
+    """Whether multiplying by the scale rounds nothing: it is a power of two."""
+    return abs(frexp(p.scale)[0]) == 0.5
 
 
 @dataclass(slots=True)
@@ -78,6 +86,7 @@ class Scores:
 
     def __init__(self, plan: Plan, x: Operands, space: Workspace) -> None:
         self.plan, self.p, self.x, self.space = plan, plan.problem, x, space
+        self.exact_scale = _scale_is_exact(self.p)
 
     def open(self, block: RowBlock, live: np.ndarray | None = None) -> None:
         """Pack the block's queries, dim by dim. Rows that are not `live` count as 0."""
@@ -87,6 +96,10 @@ class Scores:
         np.copyto(packed, block.q_tile(self.x.q).transpose(0, 3, 1, 2), casting="unsafe")
         if live is not None:
             np.copyto(self.queries, 0, where=~live[:, None, :])
+        if self.exact_scale:
+            self.scaled = np.multiply(self.queries, p.scale, out=self.space.take("scaled", self.queries.shape))
+        else:
+            self.scaled = self.queries
 
     def tile(self, tile: Tile, keep_capped: np.ndarray | None = None) -> ScoreTile | None:
         """The finished tile, or None if it turns out that nobody sees any of it."""
@@ -97,8 +110,9 @@ class Scores:
             return None
         k = rows_of(block.kv_tile(self.x.k, tile), self.space.take("keys", (block.heads, keys, p.dim)))
         raw = self.space.take("scores", (block.heads, keys, block.count))
-        np.matmul(k, self.queries, out=raw)
-        raw *= p.scale
+        np.matmul(k, self.scaled, out=raw)
+        if not self.exact_scale:
+            raw *= p.scale
         if p.softcap is not None:
             raw /= p.softcap
             np.tanh(raw, out=raw)
