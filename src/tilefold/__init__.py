@@ -22,6 +22,7 @@ from .masks import (
     from_predicate,
     lengths,
     prefix,
+    spans,
     window,
 )
 from .plan import BackendRefused, Plan
@@ -59,6 +60,7 @@ __all__ = [
     "naive_attention",
     "prefix",
     "probe",
+    "spans",
     "window",
 ]
 

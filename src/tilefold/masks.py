@@ -394,6 +394,24 @@ def band_panel(band: Band, rows: slice, keys: slice) -> Panel:
     return Panel.of_spans(lo, hi, keys.start, keys.stop)
 
 
+class _Spans(Mask):
+    def __init__(self, lo: Ints, hi: Ints) -> None:
+        self.lo, self.hi = lo, hi
+
+    def check(self, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> None:
+        if len(self.lo) != q_len:
+            raise ValueError(f"spans: lo and hi must have {q_len} rows, one per query; got {len(self.lo)}")
+        if self.hi.size and self.hi.max() > kv_len:
+            raise ValueError(f"spans: hi must be at most {kv_len}, the number of keys; got {self.hi.max()}")
+
+    def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
+        mine = slice(rows.start + frame.q0, rows.stop + frame.q0)
+        return Panel.of_spans(self.lo[mine] - frame.k0, self.hi[mine] - frame.k0, keys.start, keys.stop)
+
+    def __repr__(self) -> str:
+        return f"spans(<{self.lo.shape[1]} for each of {len(self.lo)} rows>)"
+
+
 class _Prefix(Mask):
     def __init__(self, length: int) -> None:
         self.length = length
@@ -619,6 +637,28 @@ def window(left: int | None, right: int | None = None) -> Mask:
         if x is not None:
             _integer(f"window: {name}", x, 0)
     return BandMask(left, right, "bottom-right")
+
+
+def spans(lo: object, hi: object) -> Mask:
+    """What every mask becomes, given outright: query i sees keys ``lo[i] <= j < hi[i]``.
+
+    Integers ``(q_len,)``, or ``(q_len, n)`` for n spans per query, ascending and disjoint; an empty one has lo == hi.
+
+    >>> print(spans([[0, 3], [1, 2], [0, 5]], [[1, 5], [2, 2], [2, 5]]).draw(3, 5))
+    1 0 0 1 1
+    0 1 0 0 0
+    1 1 0 0 0
+    """
+    first = _integers("spans: lo", lo, at_least=0)
+    last = _integers("spans: hi", hi, at_least=0)
+    if first.shape != last.shape or first.ndim not in (1, 2):
+        raise ValueError(f"spans: lo and hi must both be (q_len,) or (q_len, n), got {first.shape} and {last.shape}")
+    first, last = first.reshape(len(first), -1), last.reshape(len(last), -1)
+    if (last < first).any():
+        raise ValueError("spans: hi must not be less than lo in any span")
+    if (first[:, 1:] < last[:, :-1]).any():
+        raise ValueError("spans: the spans of a row must ascend and be disjoint")
+    return _Spans(first, last)
 
 
 def prefix(length: int) -> Mask:
