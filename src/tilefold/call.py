@@ -86,14 +86,12 @@ class Call:
             raise TypeError(f"out must be {x.q.dtype.name} as q is, got {array.dtype.name}")
         if not array.flags.writeable:
             raise ValueError("out must be writeable, got a read-only array")
-        if any(n > 1 and step == 0 for n, step in zip(array.shape, array.strides, strict=True)) or (
-            array.size > 1 and _overlaps_itself(array)
-        ):
+        if array.size > 1 and _overlaps_itself(array):
             raise ValueError(
                 f"out must not overlap itself, got strides {array.strides} for shape {array.shape}"
             )
-        given = [("q", x.q), ("k", x.k), ("v", x.v), ("bias", x.given_bias), ("sinks", x.sinks), ("alibi", x.alibi)]
-        given += [("mask", cells) for cells in (() if x.mask is None else x.mask.arrays)]
+        given = [("q", x.q), ("k", x.k), ("v", x.v), ("bias", x.given_bias), ("sinks", x.sinks)]
+        given += [("alibi", x.alibi), *(("mask", cells) for cells in (x.mask.arrays if x.mask else ()))]
         for name, other in given:
             if other is not None and _share_memory(array, other):
                 raise ValueError(f"out must not share memory with {name}")
@@ -105,7 +103,7 @@ def _share_memory(a: np.ndarray, b: np.ndarray) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # NumPy's stubs know -1 and 0
     except np.exceptions.TooHardError:
         return True
 

@@ -389,8 +389,11 @@ def band_panel(band: Band, rows: slice, keys: slice) -> Panel:
     # Limits are any integers: those beyond the panel's own size are clipped before they meet a machine integer.
     least, most = keys.start - rows.stop, keys.stop - rows.start
     offset = band.offset or 0
-    lo = np.full_like(at, keys.start) if band.left is None else at + min(max(offset - band.left, least), most)
-    hi = np.full_like(at, keys.stop) if band.right is None else at + min(max(offset + band.right + 1, least), most)
+    lo, hi = np.full_like(at, keys.start), np.full_like(at, keys.stop)
+    if band.left is not None:
+        lo = at + min(max(offset - band.left, least), most)
+    if band.right is not None:
+        hi = at + min(max(offset + band.right + 1, least), most)
     return Panel.of_spans(lo, hi, keys.start, keys.stop)
 
 
@@ -418,7 +421,8 @@ class _Prefix(Mask):
 
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         shape = (rows.stop - rows.start, 1)
-        return Panel.of_spans(np.zeros(shape, np.int64), np.full(shape, min(self.length, keys.stop)), keys.start, keys.stop)
+        ends = np.full(shape, min(self.length, keys.stop))
+        return Panel.of_spans(np.zeros_like(ends), ends, keys.start, keys.stop)
 
     def __repr__(self) -> str:
         return f"prefix({self.length})"
@@ -653,7 +657,8 @@ def spans(lo: object, hi: object) -> Mask:
     last = _integers("spans: hi", hi, at_least=0)
     if first.shape != last.shape or first.ndim not in (1, 2):
         raise ValueError(f"spans: lo and hi must both be (q_len,) or (q_len, n), got {first.shape} and {last.shape}")
-    first, last = first.reshape(len(first), -1), last.reshape(len(last), -1)
+    if first.ndim == 1:
+        first, last = first[:, None], last[:, None]
     if (last < first).any():
         raise ValueError("spans: hi must not be less than lo in any span")
     if (first[:, 1:] < last[:, :-1]).any():

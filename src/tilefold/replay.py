@@ -145,8 +145,8 @@ def replay(plan: Plan, x: Operands, space: Workspace, taps: Sequence[Tap | Probe
                 np.exp(weights, out=weights)
                 if not all_live:
                     np.copyto(weights, 0, where=~live[..., None])
-                if lost and scored.seen is not None:
-                    np.copyto(weights, 0, where=~scored.seen)  # a row that is NaN has no say over keys it does not see
+                if lost and scored.seen is not None:  # a row that is NaN has no say over keys it does not see
+                    np.copyto(weights, 0, where=~scored.seen)
                 given = Weights(weights, block, tile, scored)
                 for tap in taps:
                     tap.take(given)
@@ -290,6 +290,7 @@ class Gradient(Tap):
         if self.dbias is not None and x.given_bias is not None:
             dbias = self.dbias.reshape(x.given_bias.shape).astype(x.given_bias.dtype, copy=False)
         if self.dsinks is not None and x.sinks is not None:
-            dsinks = self.dsinks.sum(axis=tuple(range(self.dsinks.ndim - 1))).astype(x.sinks.dtype, copy=False)
+            over = tuple(range(self.dsinks.ndim - 1))
+            dsinks = self.dsinks.sum(axis=over).astype(x.sinks.dtype, copy=False)
         dk, dv = (g.astype(a.dtype, copy=False) for g, a in ((self.dk, x.k), (self.dv, x.v)))
         return Grads(self.dq, dk, dv, dbias, dsinks)

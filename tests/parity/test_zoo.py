@@ -80,8 +80,8 @@ def test_a_budget_can_be_exceeded():
     """The judge is not a rubber stamp: an error of four budgets, and a NaN in another place, are both seen."""
     ref = np.linspace(1, 2, 50)
     plain = ref.astype(np.float32)
-    assert judge("x", plain, plain, ref, "float32").ok
-    assert not judge("x", plain + np.float32(1e-5), plain, ref, "float32").ok
+    assert judge("x", plain, [plain], ref, "float32").ok
+    assert not judge("x", plain + np.float32(1e-5), [plain], ref, "float32").ok
     wrong = plain.copy()
     wrong[3] = np.nan
-    assert not judge("x", wrong, plain, ref, "float32").ok
+    assert not judge("x", wrong, [plain], ref, "float32").ok

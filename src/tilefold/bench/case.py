@@ -17,7 +17,7 @@ from ..api import attention, attention_grad
 from ..call import Options, understand
 from ..dtypes import ROWS
 from ..naive import naive, naive_grad, naive_weights
-from .budgets import Error, judge, reference_type
+from .budgets import Error, judge, nudged, reference_type
 
 WORDS = """\
 float32 | float64 | float16 | bfloat16       type of q, k, v
@@ -48,6 +48,16 @@ class Built:
     options: dict[str, Any]
     dout: np.ndarray
     dlse: np.ndarray
+
+    def nudged(self, acc_dtype: str) -> Built:
+        """The same with every number moved by up to one rounding of the accumulate type."""
+        rng = np.random.default_rng(0)
+        moved = [nudged(x, acc_dtype, rng) for x in (self.q, self.k, self.v, self.dout, self.dlse)]
+        options = {
+            name: nudged(x, acc_dtype, rng) if name in ("bias", "sinks", "alibi") else x
+            for name, x in self.options.items()
+        }
+        return Built(*moved[:3], options, *moved[3:])
 
 
 @dataclass(slots=True)
@@ -208,20 +218,21 @@ class Case:
     def replay(self) -> Report:
         """Run the case forward and backward against the oracle."""
         a, report = self.build(), Report(self.text)
-        acc = ROWS[self.dtype].accumulate
+        b, acc = a.nudged(ROWS[self.dtype].accumulate), ROWS[self.dtype].accumulate
         wide = reference_type(acc)
         out, lse = attention(a.q, a.k, a.v, **a.options, return_lse=True)
-        ref_out, ref_lse = naive(a.q, a.k, a.v, **a.options, dtype=wide)
-        low_out, low_lse = naive(a.q, a.k, a.v, **a.options, dtype=acc)
-        report.errors.append(judge("out", out, low_out, ref_out, self.dtype))
-        report.errors.append(judge("lse", lse, low_lse, ref_lse, acc))
+        right = naive(a.q, a.k, a.v, **a.options, dtype=wide)
+        plain = naive(a.q, a.k, a.v, **a.options, dtype=acc)
+        moved = naive(b.q, b.k, b.v, **b.options, dtype=wide)
+        for i, (name, mine, dtype) in enumerate((("out", out, self.dtype), ("lse", lse, acc))):
+            report.errors.append(judge(name, mine, (plain[i], moved[i]), right[i], dtype))
         got = attention_grad(a.q, a.k, a.v, out, lse, a.dout, a.dlse, **a.options)
-        low = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=acc, saved=(out, lse))
-        ref = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=wide)
-        for name in got._fields:
-            mine, plain, right = getattr(got, name), getattr(low, name), getattr(ref, name)
-            if right is not None:
-                report.errors.append(judge(name, mine, plain, right, mine.dtype.name))
+        right_g = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=wide)
+        plain_g = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=acc, saved=(out, lse))
+        moved_g = naive_grad(b.q, b.k, b.v, b.dout, b.dlse, **b.options, dtype=wide)
+        for name, g, r, p, m in zip(got._fields, got, right_g, plain_g, moved_g, strict=True):
+            if r is not None:
+                report.errors.append(judge(name, g, (p, m), r, g.dtype.name))
         return report
 
     def describe(self) -> str:
