@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from tilefold.bench.budgets import FACTOR
 from tilefold.naive import naive
 
 HERE = Path(__file__).resolve().parent
 MEMORY_LIMIT = 300e6  # bytes: what `tilefold run` may take at its peak, interpreter and NumPy included
 ROWS = 256  # how many queries are checked in float64, in every head
-SLACK = 4  # the error allowed is this many times the error of the whole matrix in the same precision
 
 NOTE = """\
 meaning  the vectors are real, but the model attends only within windows of 512 tokens; attention of
@@ -95,7 +96,7 @@ def main():
     ours = run("-m", "tilefold", "run", *inputs, "-o", folder / "out.npy")
     matrix = run(HERE / "whole_matrix.py", *inputs, "-o", folder / "whole_matrix.npy")
     (error, matrix_error), largest = sampled_errors(folder, ("out", "whole_matrix"))
-    budget = SLACK * matrix_error + np.finfo(np.float32).eps / 2 * largest
+    budget = FACTOR * matrix_error + np.finfo(np.float32).eps / 2 * largest
     apart = np.abs(np.load(folder / "out.npy") - np.load(folder / "whole_matrix.npy")).max()
 
     table = [

@@ -656,7 +656,9 @@ def spans(lo: object, hi: object) -> Mask:
     first = _integers("spans: lo", lo, at_least=0)
     last = _integers("spans: hi", hi, at_least=0)
     if first.shape != last.shape or first.ndim not in (1, 2):
-        raise ValueError(f"spans: lo and hi must both be (q_len,) or (q_len, n), got {first.shape} and {last.shape}")
+        raise ValueError(
+            f"spans: lo and hi must both be (q_len,) or (q_len, n), got {first.shape} and {last.shape}"
+        )
     if first.ndim == 1:
         first, last = first[:, None], last[:, None]
     if (last < first).any():

@@ -97,7 +97,9 @@ class Scores:
         if live is not None:
             np.copyto(self.queries, 0, where=~live[:, None, :])
         if self.exact_scale:
-            self.scaled = np.multiply(self.queries, p.scale, out=self.space.take("scaled", self.queries.shape))
+            self.scaled = np.multiply(
+                self.queries, p.scale, out=self.space.take("scaled", self.queries.shape)
+            )
         else:
             self.scaled = self.queries
 

@@ -27,7 +27,10 @@ MEANINGS = {
     "empty band": (tf.band(-3, 1, 0), lambda i, p, j: (j >= i + 3) & (j <= i + 1)),
     "prefix": (tf.prefix(6), lambda i, p, j: (j < 6) & (i >= 0)),
     "prefix beyond": (tf.prefix(99), lambda i, p, j: (j < 99) & (i >= 0)),
-    "spans": (tf.spans(np.arange(Q) // 2, np.arange(Q) // 2 + 5), lambda i, p, j: (j >= i // 2) & (j < i // 2 + 5)),
+    "spans": (
+        tf.spans(np.arange(Q) // 2, np.arange(Q) // 2 + 5),
+        lambda i, p, j: (j >= i // 2) & (j < i // 2 + 5),
+    ),
     "chunked": (tf.chunked(4), lambda i, p, j: p // 4 == j // 4),
     "lengths": (tf.lengths(9, q_lengths=5), lambda i, p, j: (j < 9) & (i < 5)),
     "anchors": (tf.anchors(2, 3), lambda i, p, j: (j <= p) & ((j < 2) | (j >= p - 3))),
