@@ -973,6 +973,29 @@ def test_packed_against_loops():
         close(lse[:, rows], expected[1])
 
 
+def test_packed_arrays_are_indexed_by_packed_rows():
+    """A mask or bias of packed sequences is one matrix; each sequence reads its own rectangle of it."""
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=10, kv_len=12)
+    bias, dout = arrays((4, 10, 12), (4, 10, 3), seed=3)
+    mask = np.random.default_rng(5).random((4, 10, 12)) < 0.7
+    q_ends, k_ends = np.cumsum([0, *Q_SIZES]), np.cumsum([0, *KV_SIZES])
+    ends = {"cu_seqlens_q": q_ends, "cu_seqlens_k": k_ends}
+    out, lse = run(q, k, v, mask, bias=bias, **ends)
+    grads = tf.attention_grad(q, k, v, out, lse, dout, mask=mask, bias=bias, **ends)
+    for b in range(4):
+        rows, keys = slice(q_ends[b], q_ends[b + 1]), slice(k_ends[b], k_ends[b + 1])
+        part, shift = (q[:, rows], k[:, keys], v[:, keys]), bias[:, rows, keys]
+        seen = mask[:, rows, keys]
+        expected = looped(
+            *part, lambda h, i, j, x=seen: x[h, i, j], lambda s, h, i, j, x=shift: s + x[h, i, j]
+        )
+        close(out[:, rows], expected[0])
+        close(lse[:, rows], expected[1])
+        alone = tf.attention_grad(*part, *expected, dout[:, rows], mask=seen, bias=shift)
+        close(grads.dk[:, keys], alone.dk)
+        close(grads.dbias[:, rows, keys], alone.dbias)
+
+
 def test_one_length_stands_for_all():
     q, k, v = qkv(lead=(2, 2))
     a = tf.attention(q, k, v, q_lengths=4, kv_lengths=np.int32(6))

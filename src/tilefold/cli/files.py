@@ -65,6 +65,8 @@ def read(spec: str, name: str) -> np.ndarray:
         return readers[path.suffix.lower()](path, member, name)
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{name}: {path}: {error or 'the file is empty'}") from error
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{name}: {path}: its header is wrong ({type(error).__name__}: {error})") from error
 
 
 def read_all(q: str, k: str | None, v: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
