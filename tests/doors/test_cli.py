@@ -246,11 +246,15 @@ def test_ctrl_c_is_130():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert child.stdout is not None
-    child.stdout.readline()  # it has begun
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=30)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()  # it has begun
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert errors == "tilefold: interrupted\n"
 

@@ -43,9 +43,9 @@ def bench(
     for file in (json_file, plot_file):
         if file is not None and not file.parent.is_dir():
             raise ValueError(f"{file}: there is no folder {str(file.parent)!r}")
-    for peer in PEERS:
-        if (why := peer.available()) is not None:
-            show(f"without {peer.name}: {why}", "faint")
+    for line in _opening(len(scenarios), dtype, rounds):
+        show(line, "faint")
+    sys.stdout.flush()  # a reader of a pipe should know that it has begun
     with progress("measuring", steps(scenarios, rounds)) as step:
         run = measure(scenarios, dtype, rounds, step)
     show_table(table(run))
@@ -57,3 +57,11 @@ def bench(
     if plot_file is not None:
         plot(run, plot_file)
     return 1 if run.wrong else 0
+
+
+def _opening(scenarios: int, dtype: str, rounds: int) -> list[str]:
+    """What is about to be measured, and who cannot take part."""
+    missing = {peer.name: why for peer in PEERS if (why := peer.available()) is not None}
+    present = ", ".join(peer.name for peer in PEERS if peer.name not in missing)
+    first = f"{present}: {scenarios} shapes in {dtype}, medians of {rounds} rounds in turns"
+    return [first, *(f"without {name}: {why}" for name, why in missing.items())]
