@@ -41,7 +41,7 @@ class NumpyBackend:
         return None
 
     def plan(self, p: Problem) -> Plan:
-        block_q = max(1, min(p.q_len, max(16, ROWS // max(p.group, 1))))
+        block_q = max(1, min(p.q_len, max(16, _rows(p) // max(p.group, 1))))
         return self.resize(Plan(p, self.name, "blas", 1, 1, note="fold.py over BLAS"), block_q, KEYS)
 
     def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:
@@ -68,3 +68,11 @@ class NumpyBackend:
 
 def _bytes(shapes: Shapes) -> int:
     return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+
+def _rows(p: Problem) -> int:
+    """Query rows per key head and tile. In a narrow band rows far apart share few keys: a quarter of it is best."""
+    left, right = p.band.left, p.band.right
+    if left is None or right is None:
+        return ROWS
+    return min(ROWS, max(64, (left + right + 1) // 4))

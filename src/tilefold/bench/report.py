@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..api import size
+from .budgets import FACTOR
 from .machine import fingerprint
 from .timing import MATMUL, Measured, Run
 
@@ -86,7 +87,7 @@ def notes(run: Run) -> list[str]:
         "in this run (NumPy's BLAS)",
         f"time      median of {run.rounds} rounds, everyone in every round; GFLOP/s counts visible cells only",
         "memory    peak beyond the inputs, output included; – where it is not NumPy's to count",
-        "error     largest, against float64; allowed is 4 x the plain method's own error and one rounding",
+        f"error     largest, against float64; allowed is {FACTOR:g} x the plain method's own error and one rounding",
     ]
     for scenario, who, why in dict.fromkeys((m.scenario.name, m.peer.name, m.refusal) for m in run.measured):
         if why:
