@@ -138,10 +138,14 @@ class Scores:
         (_, group, rows), keys = block.shape, tile.k1 - tile.k0
         into = self.space.take("seen", (keys, block.count))
         scratch = self.space.take("hidden", (keys, rows))
-        if group == 1:
-            return block.panel.cells(tile.k0, tile.k1, into, scratch)
-        one = block.panel.cells(tile.k0, tile.k1, np.empty((keys, rows), bool), scratch)
-        into.reshape(keys, group, rows)[...] = one.T[:, None, :]
+        into[tile.full0 - tile.k0 : tile.full1 - tile.k0] = True
+        for part in tile.tested:
+            k0, k1 = tile.k0 + part.start, tile.k0 + part.stop
+            if group == 1:
+                block.panel.cells(k0, k1, into[part], scratch[part])
+            else:
+                one = block.panel.cells(k0, k1, None, scratch[part])
+                into.reshape(keys, group, rows)[part] = one.T[:, None, :]
         return into.T
 
     def _slant(self, raw: np.ndarray, tile: Tile) -> None:
@@ -176,15 +180,13 @@ class Scores:
 
     def _hide(self, s: np.ndarray, seen: np.ndarray, tile: Tile) -> None:
         """Scores of hidden cells become -inf, even where they were NaN."""
-        if seen.ndim > 2 or tile.full0 == tile.full1:
+        if seen.ndim > 2:  # a bias hides cells anywhere
             np.copyto(s, -np.inf, where=~seen)
             return
-        for k0, k1 in ((tile.k0, tile.full0), (tile.full1, tile.k1)):
-            if k0 < k1:
-                part = slice(k0 - tile.k0, k1 - tile.k0)
-                hidden = self.space.take("hidden", (k1 - k0, s.shape[1]))
-                np.logical_not(seen[:, part], out=hidden.T)
-                np.copyto(s[:, :, part], -np.inf, where=hidden.T)
+        for part in tile.tested:
+            hidden = self.space.take("hidden", (part.stop - part.start, s.shape[1]))
+            np.logical_not(seen[:, part], out=hidden.T)
+            np.copyto(s[:, :, part], -np.inf, where=hidden.T)
 
 
 def chain_softcap(ds: np.ndarray, capped: np.ndarray, p: Problem) -> None:

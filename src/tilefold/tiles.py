@@ -43,6 +43,14 @@ class Tile:
     full0: int
     full1: int
 
+    @property
+    def tested(self) -> tuple[slice, ...]:
+        """The columns of the tile, counted from k0, where some row may not see a key."""
+        if self.full0 == self.full1:
+            return (slice(0, self.k1 - self.k0),)
+        ends = ((0, self.full0 - self.k0), (self.full1 - self.k0, self.k1 - self.k0))
+        return tuple(slice(a, b) for a, b in ends if a < b)
+
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:

@@ -71,8 +71,9 @@ def _bytes(shapes: Shapes) -> int:
 
 
 def _rows(p: Problem) -> int:
-    """Query rows per key head and tile. In a narrow band rows far apart share few keys: a quarter of it is best."""
+    """Query rows per key head and tile: half as many under a diagonal, whose tiles are cut, and in a narrow band, where
+    rows far apart share few keys, a quarter of its width."""
     left, right = p.band.left, p.band.right
     if left is None or right is None:
-        return ROWS
-    return min(ROWS, max(64, (left + right + 1) // 4))
+        return ROWS if left is right else ROWS // 2
+    return min(ROWS // 2, max(64, (left + right + 1) // 4))
