@@ -57,30 +57,30 @@ class FlashResult:
 
 
 def default_config(head_dim: int) -> FlashConfig:
-    """Tiles of 256 x 512 and the usual scale ``1 / sqrt(head_dim)``.
+    """Tiles of 512 x 1024 and the usual scale ``1 / sqrt(head_dim)``.
 
     >>> default_config(64).scale
     0.125
     """
-    return FlashConfig(256, 512, 1 / sqrt(_integer("head_dim", head_dim, 1)))
+    return FlashConfig(512, 1024, 1 / sqrt(_integer("head_dim", head_dim, 1)))
 
 
 def causal_config(head_dim: int) -> FlashConfig:
-    """`default_config` for decoders: no row looks into the future.
+    """The same for decoders: no row looks into the future, and tiles of 256 rows waste less under the diagonal.
 
     >>> causal_config(64).causal
     True
     """
-    return FlashConfig(256, 512, 1 / sqrt(_integer("head_dim", head_dim, 1)), causal=True)
+    return FlashConfig(256, 1024, 1 / sqrt(_integer("head_dim", head_dim, 1)), causal=True)
 
 
 def flash_attention(q: Any, k: Any, v: Any, config: FlashConfig | None = None) -> FlashResult:
     """Attention on ``(n, d)`` arrays, or any leading dimensions, in tiles of `config`.
 
-    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 2048, 64)).astype(np.float32)
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 4096, 64)).astype(np.float32)
     >>> result = flash_attention(q, k, v, causal_config(64))
     >>> result.output.shape, result.memory_saved_percent > 90
-    ((2048, 64), True)
+    ((4096, 64), True)
     """
     if config is None:
         config = default_config(max(enter_floats("q", q).shape[-1], 1))
