@@ -2,7 +2,8 @@
 
 Cost of one float32 cell at d = 64, per pass over the tile, on an AVX-512 core: the two products 1.3 ns each, exp 0.5,
 subtract 0.2, max 0.15, sum and scale 0.07 each; and 25 us of Python per tile. A tile of 512 x 1024 (2 MiB) makes the
-Python 2 % and both products large enough for BLAS; 256 x 512 is 5 % slower, 1024 x 512 loses on causal edges.
+Python 2 % and both products large enough for BLAS; 256 x 512 is 5 % slower, 1024 x 512 loses on causal edges. Tried
+without gain: the tile on huge pages, row counts that are no power of two.
 """
 
 from __future__ import annotations
