@@ -18,7 +18,7 @@ from .dtypes import ROWS
 from .layouts import empty_like
 from .masks import Mask, causal, check_cu_seqlens, dense, split, window
 from .plan import Plan, backend_of, choose, pinned
-from .problem import Has, Layout, Operands, Problem, Want, bytes_of
+from .problem import Band, Has, Layout, Operands, Problem, Want, bytes_of
 
 DROPOUT = "dropout is not offered: exact attention has no random part; apply it to what goes in or comes out"
 
@@ -138,41 +138,11 @@ def understand(
     _check_shapes(arrays)
     squeeze = arrays["q"].ndim == 2
     q, k, v = (a[None] if squeeze else a for a in arrays.values())
-    lead, (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape[:-3], q.shape[-3:], v.shape[-3:]
+    (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape[-3:], v.shape[-3:]
     x = Operands(q, k, v)
-    has = Has(0)
     layout, batch = _lengths(o, x)
-    if layout is Layout.DENSE and (x.q_ends is not None or x.kv_ends is not None):
-        has |= Has.LENGTHS
-    ragged = layout is Layout.VARLEN or bool(has & Has.LENGTHS)
-    mask = _mask(o)
-    if mask is not None:
-        mask.check(lead, heads, q_len, kv_len)
-    band, x.mask = split(mask, None if ragged else kv_len - q_len)
-    if x.mask is not None:
-        has |= Has.SPANS | (Has.BITS if x.mask.may_need_bits else Has(0))
-    if o.bias is not None:
-        x.given_bias = enter_floats("bias", o.bias)
-        x.bias = _broadcast(
-            "bias", x.given_bias, (*lead, heads, q_len, kv_len), "(..., heads, q_len, kv_len)"
-        )
-        if np.isposinf(x.given_bias.max(initial=-np.inf)):
-            raise ValueError("bias must not be +inf; -inf hides a key, a finite value shifts its score")
-        has |= Has.BIAS
-    if o.alibi is not None:
-        slopes = _small_floats("alibi", o.alibi)
-        if np.isinf(slopes).any():
-            raise ValueError("alibi must not hold NaN or infinity")
-        x.alibi = _per_head("alibi", slopes, lead, heads)
-        has |= Has.ALIBI
-    if o.sinks is not None:
-        logits = _small_floats("sinks", o.sinks)
-        if logits.shape != (heads,):
-            raise ValueError(
-                f"sinks must have shape ({heads},), one logit per query head; got {logits.shape}"
-            )
-        x.sinks = _per_head("sinks", logits, lead, heads)
-        has |= Has.SINKS
+    band = _masks(o, x)
+    _score_arrays(o, x)
     problem = Problem(
         batch=batch,
         heads=heads,
@@ -188,7 +158,7 @@ def understand(
         softcap=None if o.softcap is None else _number("softcap", o.softcap),
         band=band,
         layout=layout,
-        has=has,
+        has=_has(layout, x),
         want=want | (Want.INVARIANT if flag("invariant", o.invariant) else Want(0)),
     )
     if plan is not None:
@@ -199,6 +169,57 @@ def understand(
         raise TypeError(f"backend must be a name, got {type(backend).__name__}")
     chosen, refusals = choose(problem, backend)
     return Call(problem, x, chosen, refusals, squeeze)
+
+
+def _masks(o: Options, x: Operands) -> Band:
+    """All that hides by position or by choice: the affine part, the rest of it into ``x.mask``."""
+    heads, q_len, kv_len = *x.q.shape[-3:-1], x.k.shape[-2]
+    mask = _mask(o)
+    if mask is not None:
+        mask.check(x.lead, heads, q_len, kv_len)
+    ragged = x.q_ends is not None or x.kv_ends is not None
+    band, x.mask = split(mask, None if ragged else kv_len - q_len)
+    return band
+
+
+def _score_arrays(o: Options, x: Operands) -> None:
+    """Bias, ALiBi and sinks into `x`, checked."""
+    heads, q_len, kv_len = *x.q.shape[-3:-1], x.k.shape[-2]
+    if o.bias is not None:
+        x.given_bias = enter_floats("bias", o.bias)
+        shape = (*x.lead, heads, q_len, kv_len)
+        x.bias = _broadcast("bias", x.given_bias, shape, "(..., heads, q_len, kv_len)")
+        if np.isposinf(x.given_bias.max(initial=-np.inf)):
+            raise ValueError("bias must not be +inf; -inf hides a key, a finite value shifts its score")
+    if o.alibi is not None:
+        slopes = _small_floats("alibi", o.alibi)
+        if np.isinf(slopes).any():
+            raise ValueError("alibi must not hold NaN or infinity")
+        x.alibi = _per_head("alibi", slopes, x.lead, heads)
+    if o.sinks is not None:
+        logits = _small_floats("sinks", o.sinks)
+        if logits.shape != (heads,):
+            raise ValueError(
+                f"sinks must have shape ({heads},), one logit per query head; got {logits.shape}"
+            )
+        x.sinks = _per_head("sinks", logits, x.lead, heads)
+
+
+def _has(layout: Layout, x: Operands) -> Has:
+    """Which optional arrays there are."""
+    ends = x.q_ends is not None or x.kv_ends is not None
+    there = {
+        Has.SPANS: x.mask is not None,
+        Has.BITS: x.mask is not None and x.mask.may_need_bits,
+        Has.BIAS: x.bias is not None,
+        Has.ALIBI: x.alibi is not None,
+        Has.SINKS: x.sinks is not None,
+        Has.LENGTHS: ends and layout is Layout.DENSE,
+    }
+    has = Has(0)
+    for bit, yes in there.items():
+        has |= bit if yes else Has(0)
+    return has
 
 
 def _check_shapes(arrays: dict[str, np.ndarray]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .arrays import enter_floats, leave
 from .call import Options, understand
-from .masks import _integer
+from .masks import integer
 from .plan import backend_of
 from .problem import bytes_of
 
@@ -36,8 +36,8 @@ class FlashConfig:
     causal: bool = False
 
     def __post_init__(self) -> None:
-        _integer("block_q", self.block_q, 1)
-        _integer("block_kv", self.block_kv, 1)
+        integer("block_q", self.block_q, 1)
+        integer("block_kv", self.block_kv, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def default_config(head_dim: int) -> FlashConfig:
     >>> default_config(64).scale
     0.125
     """
-    return FlashConfig(512, 1024, 1 / sqrt(_integer("head_dim", head_dim, 1)))
+    return FlashConfig(512, 1024, 1 / sqrt(integer("head_dim", head_dim, 1)))
 
 
 def causal_config(head_dim: int) -> FlashConfig:
@@ -71,7 +71,7 @@ def causal_config(head_dim: int) -> FlashConfig:
     >>> causal_config(64).causal
     True
     """
-    return FlashConfig(256, 1024, 1 / sqrt(_integer("head_dim", head_dim, 1)), causal=True)
+    return FlashConfig(256, 1024, 1 / sqrt(integer("head_dim", head_dim, 1)), causal=True)
 
 
 def flash_attention(q: Any, k: Any, v: Any, config: FlashConfig | None = None) -> FlashResult:

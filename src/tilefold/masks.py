@@ -605,9 +605,9 @@ def band(
     """
     for name, x in (("left", left), ("right", right)):
         if x is not None:
-            _integer(f"band: {name}", x, None)
+            integer(f"band: {name}", x, None)
     if offset != "bottom-right":
-        offset = _integer("band: offset", offset, None)
+        offset = integer("band: offset", offset, None)
     return BandMask(left, right, offset)
 
 
@@ -643,7 +643,7 @@ def window(left: int | None, right: int | None = None) -> Mask:
     """
     for name, x in (("left", left), ("right", right)):
         if x is not None:
-            _integer(f"window: {name}", x, 0)
+            integer(f"window: {name}", x, 0)
     return BandMask(left, right, "bottom-right")
 
 
@@ -681,7 +681,7 @@ def prefix(length: int) -> Mask:
     1 1 1 0
     1 1 1 1
     """
-    return _Prefix(_integer("prefix: length", length, 0))
+    return _Prefix(integer("prefix: length", length, 0))
 
 
 def documents(ids: object = None, *, q_ids: object = None, cu_seqlens: object = None) -> Mask:
@@ -717,7 +717,7 @@ def chunked(size: int) -> Mask:
     0 0 1 1
     0 0 1 1
     """
-    return _Chunked(_integer("chunked: size", size, 1))
+    return _Chunked(integer("chunked: size", size, 1))
 
 
 def lengths(kv_lengths: object = None, q_lengths: object = None) -> Mask:
@@ -749,7 +749,7 @@ def anchors(count: int, left: int, right: int = 0) -> Mask:
     1 0 1 1 0
     1 0 0 1 1
     """
-    _integer("anchors: count", count, 0)
+    integer("anchors: count", count, 0)
     return (prefix(count) & window(None, right)) | window(left, right)
 
 
@@ -817,7 +817,7 @@ def split(mask: Mask | None, offset: int | None) -> tuple[Band, Mask | None]:
 # ---- checks of index metadata: always made, always on a private copy -----------------------------------------
 
 
-def _integer(name: str, x: object, at_least: int | None) -> int:
+def integer(name: str, x: object, at_least: int | None) -> int:
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {x!r}")
     if at_least is not None and x < at_least:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..plan import Plan
+from ..plan import BackendRefused, Plan
 from ..problem import Operands, Problem
 from ..replay import Grads, Probe
 
@@ -62,22 +62,20 @@ class NativeBackend:
             return "the native core is not installed (`tilefold doctor` says why)"
         return "this version's native core has no attention kernels"
 
-    def _refuse(self) -> NoReturn:
-        raise NotImplementedError(
-            "the native core has no attention kernels; why_not() says so for every problem"
-        )
+    def _refuse(self, p: Problem) -> NoReturn:
+        raise BackendRefused(f"backend 'native' refuses: {self.why_not(p)}")
 
     def plan(self, p: Problem) -> Plan:
-        self._refuse()
+        self._refuse(p)
 
     def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:
-        self._refuse()
+        self._refuse(plan.problem)
 
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
-        self._refuse()
+        self._refuse(plan.problem)
 
     def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
-        self._refuse()
+        self._refuse(plan.problem)
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
-        self._refuse()
+        self._refuse(plan.problem)
