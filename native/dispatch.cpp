@@ -34,11 +34,12 @@ constexpr unsigned NEEDS_AVX2 = AVX2 | FMA | F16C;
 constexpr unsigned NEEDS_AVX512 = NEEDS_AVX2 | AVX512F | AVX512BW | AVX512DQ | AVX512VL;
 
 constexpr Machine machines[] = {
-    {"avx512_bf16", NEEDS_AVX512 | AVX512BF16},
-    {"avx512", NEEDS_AVX512},
-    {"avx2", NEEDS_AVX2},
-    {"neon", NEON},
-    {"scalar", 0},
+#if defined(__x86_64__)
+    {"avx512_bf16", NEEDS_AVX512 | AVX512BF16, avx512_bf16::kernels},
+    {"avx512", NEEDS_AVX512, avx512::kernels},
+    {"avx2", NEEDS_AVX2, avx2::kernels},
+#endif
+    {"scalar", 0, scalar::kernels},
 };
 
 #if defined(__x86_64__)

@@ -3,6 +3,8 @@
 
 #include <span>
 
+#include "fold.h"
+
 namespace tilefold {
 
 // A feature of this processor's architecture; those of other architectures are not listed at all.
@@ -16,6 +18,7 @@ struct Feature {
 struct Machine {
     const char* name;
     unsigned needs;
+    const Kernels& (*kernels)(DType storage);
 };
 
 std::span<const Feature> features();

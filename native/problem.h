@@ -8,7 +8,7 @@
 
 namespace tilefold {
 
-enum class DType : uint8_t { float16, bfloat16, float32, float64 };
+enum class DType : uint8_t { float16, bfloat16, float32, float64, uint8 };
 
 #define TILEFOLD_LAYOUT(row) row(DENSE, 0) row(VARLEN, 1) row(PAGED, 2)
 

@@ -540,7 +540,9 @@ class _Documents(_Cells):
         return f"documents({self.ids!r})"
 
 
-class _Dense(_Cells):
+class Dense(_Cells):
+    """An array of booleans, which a backend may also read where it lies."""
+
     def __init__(self, array: np.ndarray) -> None:
         self.array, self.arrays = array, (array,)
         self.by_head = array.ndim > 2 and array.shape[-3] > 1
@@ -554,6 +556,10 @@ class _Dense(_Cells):
             raise ValueError(
                 f"mask of shape {self.array.shape} does not broadcast to (..., heads, q_len, kv_len) = {shape}"
             ) from None
+
+    def cells_of(self, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> np.ndarray:
+        """The array as a view of shape (*lead, heads, q_len, kv_len)."""
+        return np.broadcast_to(self.array, (*lead, heads, q_len, kv_len))
 
     def cells(self, frame: Frame, rows: slice, k0: int, k1: int) -> np.ndarray:
         where = (*frame.index, frame.head)[-max(self.array.ndim - 2, 0) :] if self.array.ndim > 2 else ()
@@ -768,7 +774,7 @@ def dense(array: object) -> Mask:
         raise TypeError(
             f"mask must be boolean (True = visible), got {cells.dtype}; additive masks go to bias="
         )
-    return _Dense(np.broadcast_to(cells, (1,) * max(2 - cells.ndim, 0) + cells.shape))
+    return Dense(np.broadcast_to(cells, (1,) * max(2 - cells.ndim, 0) + cells.shape))
 
 
 def from_predicate(fn: Callable[..., object], *, per_head: bool = False) -> Mask:

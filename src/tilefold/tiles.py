@@ -129,16 +129,16 @@ def row_blocks(plan: Plan, x: Operands, only: slice | None = None) -> Iterator[R
             rows = slice(row, min(row + plan.block_q, last))
             if x.mask is not None and x.mask.by_head:
                 for head in range(p.heads):
-                    panel = _panel(plan, x, replace(frame, head=head), rows)
+                    panel = panel_of(plan, x, replace(frame, head=head), rows)
                     h, g = divmod(head, p.group)
                     yield RowBlock(frame, rows, slice(h, h + 1), slice(g, g + 1), panel, p.group)
                 continue
-            panel = _panel(plan, x, frame, rows)
+            panel = panel_of(plan, x, frame, rows)
             for h in range(0, p.kv_heads, step):
                 yield RowBlock(frame, rows, slice(h, min(h + step, p.kv_heads)), whole, panel, p.group)
 
 
-def _panel(plan: Plan, x: Operands, frame: Frame, rows: slice) -> Panel:
+def panel_of(plan: Plan, x: Operands, frame: Frame, rows: slice) -> Panel:
     """What the rows see: the band, and within the keys it leaves, the mask."""
     band = plan.problem.band
     if band.offset is None:

@@ -2,24 +2,36 @@
 
 The extension `_core` is built at install; where there was no compiler the package works without it, says so once at
 import, and `tilefold doctor` repeats it. TILEFOLD_BACKEND=native makes a missing core an error, so that a failed
-build can never pass unnoticed. This version's core knows the machine but holds no attention kernels, so it refuses
-every problem.
+build can never pass unnoticed.
+
+The core folds any problem in one call, except where a mask must be evaluated in Python: then it is called once per
+panel of query rows, so that a mask never takes more than its panel.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 
+from ..layouts import frames, has_padding
+from ..masks import Dense
 from ..plan import BackendRefused, Plan
-from ..problem import Operands, Problem
+from ..problem import Layout, Operands, Problem, Want
 from ..replay import Grads, Probe
+from ..tiles import panel_of
+
+FAR = 2**60  # a band so far off hides, or shows, everything that exists
+PANEL_ROWS = 4096  # query rows whose mask is evaluated together
+PANEL_BYTES = 2**20  # and at most so many bytes of bits
 
 
 class NativeCoreMissing(RuntimeWarning):
@@ -60,22 +72,130 @@ class NativeBackend:
     def why_not(self, p: Problem) -> str | None:
         if CORE is None:
             return "the native core is not installed (`tilefold doctor` says why)"
-        return "this version's native core has no attention kernels"
-
-    def _refuse(self, p: Problem) -> NoReturn:
-        raise BackendRefused(f"backend 'native' refuses: {self.why_not(p)}")
+        if p.layout is Layout.PAGED:
+            return "the native core has no paged layout"
+        if p.dropout:
+            return "dropout is not offered: exact attention has no random part"
+        if p.want & (Want.GRAD | Want.TAPS):
+            return "the native core folds forward only"
+        if p.want & (Want.ENTROPY | Want.TOPK | Want.MAX_LOGIT):
+            return "the native core does not fold row statistics"
+        return None
 
     def plan(self, p: Problem) -> Plan:
-        self._refuse(p)
+        fold = _fold_of(p)
+        return _plan(p, fold, fold.plan(CORE.threads()))
 
     def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:
-        self._refuse(plan.problem)
+        fold = _fold_of(plan.problem)
+        rows = block_q * plan.problem.group
+        return _plan(plan.problem, fold, fold.resize(rows, block_k, plan.splits, plan.workers))
 
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
-        self._refuse(plan.problem)
+        p = plan.problem
+        assert x.out is not None
+        if has_padding(p):
+            some = slice(None) if rows is None else rows
+            x.out[..., some, :] = 0
+            if x.lse is not None:
+                x.lse[..., some] = -np.inf
+        run = _bound(plan)
+        arrays = [_as_core_reads(a) for a in (x.q, x.k, x.v)]
+        out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
+        cells = x.mask.cells_of(x.lead, p.heads, p.q_len, p.kv_len) if isinstance(x.mask, Dense) else None
+        arrays += [
+            _plain(out),
+            x.lse,
+            None if x.bias is None else _as_core_reads(x.bias),
+            None if cells is None else cells.view(np.uint8),
+            None if x.alibi is None else np.ascontiguousarray(x.alibi, np.float64),
+            None if x.sinks is None else np.ascontiguousarray(x.sinks, np.float64),
+            x.q_ends,
+            x.kv_ends,
+        ]
+        team = _team()
+        used = 0
+        for part in _parts(plan, x, rows, cells is not None):
+            used = max(used, run(*arrays, *part, team))
+        if out is not x.out:
+            x.out[...] = out
+        return used
 
     def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
         self._refuse(plan.problem)
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         self._refuse(plan.problem)
+
+    def _refuse(self, p: Problem) -> NoReturn:
+        raise BackendRefused(f"backend 'native' refuses: {self.why_not(p)}")
+
+
+def _fold_of(p: Problem) -> Any:
+    assert CORE is not None
+    facts = {field.name: getattr(p, field.name) for field in fields(Problem)}
+    facts["band"] = tuple(None if x is None else min(max(x, -FAR), FAR) for x in p.band)
+    return CORE.Fold(**facts)
+
+
+def _plan(p: Problem, fold: Any, settings: tuple[int, int, int, int, int]) -> Plan:
+    tile_rows, block_k, splits, workers, workspace = settings
+    note = f"tiles of {tile_rows} query rows, {workers} threads"
+    block_q = -(-tile_rows // p.group)
+    return Plan(p, "native", fold.isa, block_q, block_k, splits, workers, workspace, note)
+
+
+@lru_cache(maxsize=1024)
+def _bound(plan: Plan) -> Any:
+    """The core's own form of a plan, made once."""
+    fold = _fold_of(plan.problem)
+    p = plan.problem
+    fold.resize(plan.block_q * p.group, plan.block_k, plan.splits, plan.workers)
+    return fold.run
+
+
+def _team() -> int:
+    """Threads of our own, or torch's where it is loaded: its idle workers would fight ours for the cores."""
+    return 2 if "torch" in sys.modules else 1
+
+
+def _as_core_reads(x: np.ndarray) -> np.ndarray:
+    """`x` itself, or a copy where its addresses are no multiples of its item size."""
+    if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
+        x = x.copy()
+    return _plain(x)
+
+
+def _plain(x: np.ndarray) -> np.ndarray:
+    """bfloat16, which NumPy's buffers do not know, as the integers that it is made of."""
+    return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
+
+
+def _parts(plan: Plan, x: Operands, rows: slice | None, cells: bool) -> Iterator[tuple[Any, ...]]:
+    """The calls that a fold falls into: one, unless a mask must be evaluated panel by panel."""
+    p = plan.problem
+    every = (0, p.q_len) if rows is None else (rows.start, rows.stop)
+    if x.mask is None or cells:
+        if rows is None or p.layout is not Layout.VARLEN:
+            yield (*every, -1, -1, None, None, None, 0)
+            return
+        for n, frame in enumerate(frames(p, x)):
+            first, last = max(every[0] - frame.q0, 0), min(every[1] - frame.q0, frame.q_len)
+            if first < last:
+                yield (first, last, n, -1, None, None, None, 0)
+        return
+    heads = range(p.heads) if x.mask.by_head else (-1,)
+    for n, frame in enumerate(frames(p, x)):
+        first, last = max(every[0] - frame.q0, 0), min(every[1] - frame.q0, frame.q_len)
+        step = PANEL_ROWS
+        if x.mask.may_need_bits:
+            step = min(max(PANEL_BYTES * 8 // max(frame.kv_len, 1), plan.block_q), PANEL_ROWS)
+        for row in range(first, last, step):
+            some = slice(row, min(row + step, last))
+            for head in heads:
+                panel = panel_of(plan, x, replace(frame, head=max(head, 0)), some)
+                lo, hi = panel.lo, panel.hi
+                if not lo.shape[1]:
+                    lo = hi = np.zeros((len(lo), 1), np.int64)
+                lo, hi = (np.ascontiguousarray(ends, np.int64) for ends in (lo, hi))
+                yield (some.start, some.stop, n, head, lo, hi, panel.bits, panel.start)

@@ -1,0 +1,105 @@
+// What a kernel is told, and the table of kernels that each machine offers. Shared by code that is compiled once for
+// everyone and code that is compiled per machine, so nothing of the standard library may be included here: a weak
+// symbol compiled for AVX-512 could be linked for all.
+#pragma once
+
+#include "problem.h"
+
+namespace tilefold {
+
+// Distances in elements, of either sign.
+struct Strides {
+    int64_t head = 0, row = 0, col = 0;
+};
+
+// The facts of a call that every piece of it shares. Query rows are counted through the heads that share a key head:
+// row r is query r / group of head r % group, so that neighbours in a tile see nearly the same keys.
+struct Call {
+    int64_t group, dim, v_dim;
+    double scale, softcap;
+    DType bias_type;
+    Strides q, k, v, out, lse, bias, cells;
+    int64_t spans;       // spans per query row where a unit has any, else 0
+    int64_t bits_bytes;  // bytes of bits per query row
+    int64_t bits_start;  // the key that bit 0 stands for
+    int64_t block_k;     // keys per block; blocks lie on an absolute grid
+    bool pack_keys;      // keys are copied into panels too, not only values
+};
+
+// Converted keys and values of one key head, filled block by block by whoever needs a block first.
+struct Panel {
+    void* keys;
+    void* values;
+    int32_t* done;  // per block: 0 nobody, 1 somebody is at it, 2 there
+};
+
+// One sequence and one key head. Pointers stand at its query 0, first head of the group, and key 0.
+struct Unit {
+    const void *q, *k, *v;
+    void *out, *lse;  // lse may be null
+    int64_t q_len, kv_len;
+    int64_t first_row, last_row;  // the query rows to be folded, as rows of `spans` and `bits` count from first_row
+    Band band;                    // offset resolved
+    const void* bias;             // null without
+    const uint8_t* cells;         // a boolean array, null without
+    const int64_t *lo, *hi;       // spans per query from first_row, null without
+    const uint8_t* bits;          // packed cells per query from first_row, null without
+    const double *alibi, *sinks;  // per head of the group, null without
+    Panel panel;                  // null pointers where nothing is packed for several tiles
+};
+
+// One thread's memory and its line to the outside.
+struct Worker {
+    char* scratch;
+    void* context;
+    bool (*stop)(void* context);   // asked now and then: true means that the result is not wanted any more
+    void (*relax)(void* context);  // called while waiting for another worker
+};
+
+// Rows r0 … r1 of a unit over all keys, or over the keys of one segment only: then the state goes to `state`.
+struct Piece {
+    int64_t r0, r1;
+    int64_t segment;  // −1: all of them, and the rows are finalized
+    void* state;
+};
+
+// Keys are folded in segments of so many, each from empty, and segments are merged from left to right: the one
+// order that every plan keeps, whatever the rows, the threads or the splits.
+constexpr int64_t SEGMENT = 1024;
+
+// What a machine offers for one storage type.
+struct Kernels {
+    int lanes;               // query rows in a vector
+    int most_rows;           // query rows in the widest tile
+    int few_rows;            // up to so many query rows `row` is the faster one; 0 where there is no `row`
+    int block_k;             // keys per block
+    int element;             // bytes of an accumulator element
+    int key_bytes;           // bytes of a packed key's element, 0 where keys are read where they lie
+    int value_bytes;         // the same of values
+    int multiple;            // elements of keys that are read at once: rows are padded to a multiple of it
+    int64_t (*scratch)(const Call&, int64_t rows);
+    void (*tile)(const Call&, const Unit&, const Piece&, Worker&);
+    void (*row)(const Call&, const Unit&, const Piece&, Worker&);
+    // Merge the states of `segments` segments, `stride` bytes apart, and finalize.
+    void (*join)(const Call&, const Unit&, const Piece&, int64_t segments, int64_t stride);
+};
+
+struct Machine;
+
+// Bytes of the state of one row: maximum, sum, accumulator padded to whole vectors.
+constexpr int64_t state_elements(int64_t v_dim) { return (v_dim + 15) / 16 * 16 + 16; }
+
+// The kernels of each machine, by storage type.
+#define TILEFOLD_UNIT(isa)                 \
+    namespace isa {                        \
+    const Kernels& kernels(DType storage); \
+    }
+TILEFOLD_UNIT(scalar)
+#if defined(__x86_64__)
+TILEFOLD_UNIT(avx2)
+TILEFOLD_UNIT(avx512)
+TILEFOLD_UNIT(avx512_bf16)
+#endif
+#undef TILEFOLD_UNIT
+
+}  // namespace tilefold

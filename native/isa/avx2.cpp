@@ -1,0 +1,8 @@
+#define TILEFOLD_ISA avx2
+#include "../simd/avx2.h"
+#include "../tiles.h"
+#include "../product.inl"
+#include "../pack.inl"
+#include "../scores.inl"
+#include "../fold.inl"
+#include "../kernels.inl"

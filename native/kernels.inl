@@ -1,0 +1,43 @@
+// The table of one machine: which kernel serves which storage type. Included last, once per unit.
+
+namespace tilefold {
+namespace {
+
+template <class K, class T>
+constexpr Kernels kernels_of() {
+    using E = typename K::E;
+    using P = Packing<K, T>;
+    Kernels k{};
+    k.lanes = LANES<E>;
+    k.most_rows = WIDEST * LANES<E>;
+    k.block_k = sizeof(E) == 8 ? 64 : K::PAIR == 2 ? 256 : 128;
+    k.element = sizeof(E);
+    k.key_bytes = P::always_keys ? sizeof(E) : 0;
+    k.value_bytes = P::always_values ? sizeof(typename K::A) / K::PAIR : 0;
+    k.multiple = P::multiple;
+    k.scratch = scratch_of<K, T>;
+    k.tile = fold_tile<K, T>;
+    k.join = join_states<E, T>;
+    return k;
+}
+
+#ifdef TILEFOLD_HAS_DOT2
+using BFloatKernel = Dot;
+#else
+using BFloatKernel = Single;
+#endif
+
+constexpr Kernels table[] = {
+    kernels_of<Single, Half>(),
+    kernels_of<BFloatKernel, BFloat>(),
+    kernels_of<Single, float>(),
+    kernels_of<Double, double>(),
+};
+
+}  // namespace
+
+namespace TILEFOLD_ISA {
+const Kernels& kernels(DType storage) { return table[int(storage)]; }
+}  // namespace TILEFOLD_ISA
+
+}  // namespace tilefold

@@ -1,0 +1,157 @@
+// The only code that knows storage types and layouts. Queries become Qᵀ (lanes are queries), keys and values become
+// panels where storage is not already what the microkernel reads, outputs go back to rows.
+
+namespace tilefold {
+namespace {
+
+// Query or output row r of a unit, in elements from its start.
+TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) {
+    return r / group * s.row + r % group * s.head;
+}
+
+template <class T>
+TILEFOLD_INLINE T zero_of() {
+    T x;
+    memset(&x, 0, sizeof x);
+    return x;
+}
+
+// Qᵀ as [dim][N] of E. Lanes beyond `rows` repeat the last row.
+template <class T, class E, int N>
+void pack_queries(const Call& c, const Unit& u, int64_t r0, int64_t rows, E* to) {
+    constexpr int W = LANES<E>;
+    const T* q = static_cast<const T*>(u.q);
+    for (int i = 0; i < N; i += W) {
+        const T* from[W];
+        for (int r = 0; r < W; r++) from[r] = q + row_at(c.q, c.group, r0 + least(i + r, rows - 1));
+        int64_t d = 0;
+        if (c.q.col == 1)
+            for (; d + W <= c.dim; d += W) {
+                Vec<E> x[W];
+                each<W>([&](auto r) TILEFOLD_LAMBDA { x[r] = widen(from[r] + d); });
+                transpose<E>(x);
+                each<W>([&](auto r) TILEFOLD_LAMBDA { store(to + (d + r) * N + i, x[r]); });
+            }
+        for (; d < c.dim; d++)
+            for (int r = 0; r < W; r++) to[d * N + i + r] = one(from[r][d * c.q.col]);
+    }
+}
+
+#ifdef TILEFOLD_HAS_DOT2
+// The same in pairs of dims, [pairs][N]; a last odd dim has a partner of 0, and so have dims up to `pairs`.
+template <int N>
+void pack_query_pairs(const Call& c, const Unit& u, int64_t r0, int64_t rows, int64_t pairs, uint32_t* to) {
+    constexpr int W = LANES<float>;
+    const BFloat* q = static_cast<const BFloat*>(u.q);
+    for (int i = 0; i < N; i += W) {
+        const BFloat* from[W];
+        for (int r = 0; r < W; r++) from[r] = q + row_at(c.q, c.group, r0 + least(i + r, rows - 1));
+        int64_t p = 0;
+        if (c.q.col == 1)
+            for (; 2 * (p + W) <= c.dim; p += W) {
+                F32 x[W];
+                each<W>([&](auto r) TILEFOLD_LAMBDA {
+                    x[r] = load(reinterpret_cast<const float*>(from[r] + 2 * p));
+                });
+                transpose<float>(x);
+                each<W>([&](auto r) TILEFOLD_LAMBDA {
+                    store(to + (p + r) * N + i, bits_as<U32>(x[r]));
+                });
+            }
+        for (; p < pairs; p++)
+            for (int r = 0; r < W; r++) {
+                uint32_t low = 0, high = 0;
+                if (2 * p < c.dim) low = from[r][2 * p * c.q.col].bits;
+                if (2 * p + 1 < c.dim) high = from[r][(2 * p + 1) * c.q.col].bits;
+                to[p * N + i + r] = low | high << 16;
+            }
+    }
+}
+#endif
+
+// Rows [n][width] of T at `from` as rows of E, `pitch` apart.
+template <class T, class E>
+void widen_rows(const T* from, int64_t row, int64_t col, int64_t n, int64_t width, E* to, int64_t pitch) {
+    constexpr int W = LANES<E>;
+    for (int64_t j = 0; j < n; j++, from += row, to += pitch) {
+        int64_t d = 0;
+        if (col == 1)
+            for (; d + W <= width; d += W) store(to + d, widen(from + d));
+        for (; d < width; d++) to[d] = one(from[d * col]);
+    }
+}
+
+// Rows of bf16 as they are, `pitch` elements apart, padded with 0.
+inline void copy_rows(const BFloat* from, int64_t row, int64_t col, int64_t n, int64_t width, BFloat* to,
+                      int64_t pitch) {
+    for (int64_t j = 0; j < n; j++, from += row, to += pitch) {
+        if (col == 1)
+            memcpy(to, from, size_t(width) * sizeof(BFloat));
+        else
+            for (int64_t d = 0; d < width; d++) to[d] = from[d * col];
+        memset(to + width, 0, size_t(pitch - width) * sizeof(BFloat));
+    }
+}
+
+#ifdef TILEFOLD_HAS_DOT2
+// Values [n][width] as pairs of keys by dimension, [width][pitch] of pairs: Vᵀ, so that a row of A is a dimension.
+// Keys beyond n count as 0 up to `pitch` pairs; rows up to a multiple of 16 dimensions are filled.
+inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64_t n, int64_t width,
+                             uint32_t* to, int64_t pitch) {
+    constexpr int W = LANES<float>;
+    for (int64_t p0 = 0; p0 < pitch; p0 += W) {
+        int64_t d = 0;
+        if (col == 1 && 2 * (p0 + W) <= n)
+            for (; d + W <= width; d += W) {
+                F32 x[W];
+                each<W>([&](auto r) TILEFOLD_LAMBDA {
+                    typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
+                    Short even, odd;
+                    memcpy(&even, from + 2 * (p0 + r) * row + d, sizeof even);
+                    memcpy(&odd, from + (2 * (p0 + r) + 1) * row + d, sizeof odd);
+                    x[r] = bits_as<F32>(__builtin_convertvector(even, U32) |
+                                        __builtin_convertvector(odd, U32) << 16);
+                });
+                transpose<float>(x);
+                each<W>([&](auto r) TILEFOLD_LAMBDA {
+                    store(to + (d + r) * pitch + p0, bits_as<U32>(x[r]));
+                });
+            }
+        for (; d < width; d++)
+            for (int64_t p = p0; p < least(p0 + W, pitch); p++) {
+                uint32_t low = 0, high = 0;
+                if (2 * p < n) low = from[2 * p * row + d * col].bits;
+                if (2 * p + 1 < n) high = from[(2 * p + 1) * row + d * col].bits;
+                to[d * pitch + p] = low | high << 16;
+            }
+    }
+}
+#endif
+
+// Finished columns [v_dim][N] of E, times `factor` per lane, to output rows of T.
+template <class T, class E, int N>
+void unpack_output(const Call& c, const Unit& u, int64_t r0, int64_t rows, const E* from, const E* factor) {
+    constexpr int W = LANES<E>;
+    T* out = static_cast<T*>(u.out);
+    for (int i = 0; i < N && i < rows; i += W) {
+        const Vec<E> f = load(factor + i);
+        T* to[W];
+        for (int r = 0; r < W; r++) to[r] = out + row_at(c.out, c.group, r0 + least(i + r, rows - 1));
+        const int64_t count = least(W, rows - i);
+        int64_t d = 0;
+        if (c.out.col == 1)
+            for (; d + W <= c.v_dim; d += W) {
+                Vec<E> x[W];
+                each<W>([&](auto r) TILEFOLD_LAMBDA { x[r] = load(from + (d + r) * N + i) * f; });
+                transpose<E>(x);
+                each<W>([&](auto r) TILEFOLD_LAMBDA {
+                    if (r < count) narrow(to[r] + d, x[r]);
+                });
+            }
+        for (; d < c.v_dim; d++)
+            for (int r = 0; r < count; r++) put(to[r] + d * c.out.col, E(from[d * N + i + r] * f[r]));
+    }
+}
+
+}  // namespace
+}  // namespace tilefold

@@ -1,0 +1,171 @@
+// scale → softcap → bias and ALiBi → mask: the one order of score transforms. Twin of scores.py.
+// A hidden score is −inf whatever it was.
+// A block without transforms never comes here: its scale and its diagonal are applied in registers (fold.inl).
+
+namespace tilefold {
+namespace {
+
+template <class E>
+constexpr E INFINITE = E(__builtin_inf());
+
+// One number of an array whose type is known only at run time.
+template <class E>
+TILEFOLD_INLINE E number(const void* p, DType type, int64_t at) {
+    switch (type) {
+        case DType::float16: return E(one(static_cast<const Half*>(p)[at]));
+        case DType::bfloat16: return E(one(static_cast<const BFloat*>(p)[at]));
+        case DType::float32: return E(static_cast<const float*>(p)[at]);
+        default: return E(static_cast<const double*>(p)[at]);
+    }
+}
+
+// The biases of W lanes for W keys: x[r] holds lane r, key by key; only `keys` of them exist.
+template <class E>
+void load_bias(Vec<E> (&x)[LANES<E>], const Call& c, const int64_t* at, const void* bias, int64_t j, int64_t keys) {
+    constexpr int W = LANES<E>;
+    const bool whole = keys >= W && c.bias.col == 1;
+    for (int r = 0; r < W; r++) {
+        const int64_t from = at[r] + j * c.bias.col;
+        if constexpr (sizeof(E) == 4) {
+            if (whole && c.bias_type == DType::float32) {
+                x[r] = load(static_cast<const float*>(bias) + from);
+                continue;
+            }
+            if (whole && c.bias_type == DType::bfloat16) {
+                x[r] = widen(static_cast<const BFloat*>(bias) + from);
+                continue;
+            }
+            if (whole && c.bias_type == DType::float16) {
+                x[r] = widen(static_cast<const Half*>(bias) + from);
+                continue;
+            }
+        } else if (whole && c.bias_type == DType::float64) {
+            x[r] = load(static_cast<const double*>(bias) + from);
+            continue;
+        }
+        for (int k = 0; k < W; k++) x[r][k] = k < keys ? number<E>(bias, c.bias_type, from + k * c.bias.col) : E(0);
+    }
+}
+
+// Whether single cells are visible, as masks of W lanes for W keys: x[r] holds lane r, key by key.
+template <class E>
+void load_cells(Vec<E> (&x)[LANES<E>], const Call& c, const Unit& u, const int64_t* query, const int64_t* at,
+                int64_t j, int64_t keys) {
+    constexpr int W = LANES<E>;
+    using M = Mask<E>;
+    for (int r = 0; r < W; r++) {
+        M seen = M{} - 1;
+        if (u.bits) {
+            const int64_t first = j - c.bits_start;
+            const uint8_t* row = u.bits + (query[r] - u.first_row) * c.bits_bytes;
+            uint32_t word = 0;
+            for (int64_t byte = first >> 3, n = 0; n < 4 && byte + n < c.bits_bytes; n++)
+                word |= uint32_t(row[byte + n]) << (8 * n);
+            word >>= first & 7;
+            M bit{};
+            for (int k = 0; k < W; k++) bit[k] = 1 << k;
+            seen = ((M{} + typename Float<E>::Integer(word)) & bit) != 0;
+        }
+        if (u.cells) {
+            M cell{};
+            for (int k = 0; k < W && k < keys; k++) cell[k] = u.cells[at[r] + (j + k) * c.cells.col];
+            seen &= cell != 0;
+        }
+        x[r] = bits_as<Vec<E>>(seen);
+    }
+}
+
+// Whether query row r sees any key at all: asked only where no score was above −inf.
+template <class E>
+bool sees_any(const Call& c, const Unit& u, int64_t r) {
+    const int64_t i = r / c.group, g = r % c.group, spans = u.lo ? c.spans : 1;
+    for (int64_t n = 0; n < spans; n++) {
+        int64_t lo, hi;
+        if (u.lo)
+            Sight<1>::span(i, n, c, u, lo, hi);
+        else
+            band_of(u, i, lo, hi);
+        for (int64_t j = lo; j < hi; j++) {
+            const int64_t bit = j - c.bits_start;
+            if (u.bits && !(u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) continue;
+            if (u.cells && !u.cells[g * c.cells.head + i * c.cells.row + j * c.cells.col]) continue;
+            if (u.bias && number<E>(u.bias, c.bias_type, g * c.bias.head + i * c.bias.row + j * c.bias.col) ==
+                              -INFINITE<E>)
+                continue;
+            return true;
+        }
+    }
+    return false;
+}
+
+// Transforms the scaled products s[key][N] of keys j0 … j1 in place, one vector of lanes at a time; `top` takes each
+// lane's maximum. `edge` says whether spans must be tested.
+template <class E, int NR>
+void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sight, int64_t r0, int64_t rows,
+                   int64_t j0, int64_t j1, bool edge, E* s, Vec<E> (&top)[NR]) {
+    constexpr int W = LANES<E>, N = NR * W;
+    using M = Mask<E>;
+    const Vec<E> none = set<E>(-INFINITE<E>), cap = set<E>(E(c.softcap)), uncap = set<E>(E(1 / c.softcap));
+    const bool singles = u.bits || u.cells, capped = c.softcap != NO_SOFTCAP;
+    const int64_t spans = edge ? (u.lo ? c.spans : 1) : 0;
+    for (int v = 0; v < NR; v++) {
+        int64_t query[W], bias_at[W], cells_at[W];
+        Vec<E> slope{}, at{};
+        for (int k = 0; k < W; k++) {
+            const int64_t r = r0 + least(v * W + k, rows - 1), i = r / c.group, g = r % c.group;
+            query[k] = i;
+            bias_at[k] = g * c.bias.head + i * c.bias.row;
+            cells_at[k] = g * c.cells.head + i * c.cells.row;
+            if (u.alibi) slope[k] = E(u.alibi[g]);
+            at[k] = E(i + u.band.offset - j0);
+        }
+        for (int64_t j = j0; j < j1; j += W) {
+            const int64_t keys = least(W, j1 - j);
+            Vec<E> bias[W], cells[W];
+            M seen[W];
+            if (u.bias) {
+                load_bias<E>(bias, c, bias_at, u.bias, j, keys);
+                transpose<E>(bias);
+            }
+            if (singles) {
+                load_cells<E>(cells, c, u, query, cells_at, j, keys);
+                transpose<E>(cells);
+            }
+            if (edge)
+                for (int k = 0; k < W; k++) seen[k] = M{};
+            for (int64_t n = 0; n < spans; n++) {
+                M lo, hi;
+                for (int k = 0; k < W; k++) {
+                    int64_t a = sight.lo[v * W + k], b = sight.hi[v * W + k];
+                    if (u.lo) Sight<N>::span(query[k], n, c, u, a, b);
+                    lo[k] = typename Float<E>::Integer(within(a - j, 0, W));
+                    hi[k] = typename Float<E>::Integer(within(b - j, 0, W));
+                }
+                for (int k = 0; k < W; k++) seen[k] |= (lo <= k) & (hi > k);
+            }
+            E* row = s + (j - j0) * N + v * W;
+            for (int64_t k = 0; k < keys; k++, row += N) {
+                Vec<E> x = load(row);
+                if (capped) x = cap * tanh<E>(x * uncap);
+                M hidden{};
+                if (u.bias) {
+                    hidden = bias[k] == none;
+                    x += bias[k];
+                }
+                if (u.alibi) {
+                    const Vec<E> far = at - set<E>(E(j - j0 + k));
+                    x -= slope * max(far, -far);
+                }
+                x = select<E>(x == x, x, set<E>(E(__builtin_nan(""))));  // one NaN like another
+                if (singles) hidden |= ~bits_as<M>(cells[k]);
+                if (edge) hidden |= ~seen[k];
+                x = select<E>(hidden, none, x);
+                top[v] = max(x, top[v]);
+                store(row, x);
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace tilefold

@@ -1,0 +1,31 @@
+// AVX2, FMA and F16C: vectors of 32 bytes, sixteen of them.
+#pragma once
+
+#include <immintrin.h>
+
+#define TILEFOLD_BYTES 32
+#define TILEFOLD_HAS_ARITHMETIC
+#define TILEFOLD_HAS_ANY
+#define TILEFOLD_HAS_HALF
+
+namespace {
+#define WORD inline __attribute__((always_inline))
+WORD __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+WORD __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+WORD __m256 max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+WORD __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+template <class M>
+WORD bool any(M m) {
+    return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+}
+}  // namespace
+
+#include "words.h"
+
+namespace {
+WORD F32 widen(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+WORD void narrow(Half* p, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#undef WORD
+}  // namespace

@@ -1,0 +1,37 @@
+// AVX-512 (F, BW, DQ, VL): vectors of 64 bytes, thirty-two of them.
+#pragma once
+
+// The intrinsics of GCC 12 begin some results as "undefined" and then warn of it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+
+#define TILEFOLD_BYTES 64
+#define TILEFOLD_HAS_ARITHMETIC
+#define TILEFOLD_HAS_ANY
+#define TILEFOLD_HAS_HALF
+
+namespace {
+#define WORD inline __attribute__((always_inline))
+WORD __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+WORD __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+WORD __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+WORD __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+template <class M>
+WORD bool any(M m) {
+    return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
+}
+}  // namespace
+
+#include "words.h"
+
+namespace {
+WORD F32 widen(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+WORD void narrow(Half* p, F32 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#undef WORD
+}  // namespace

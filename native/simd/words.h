@@ -1,0 +1,276 @@
+// The vocabulary that the algorithms are written in, spelled with vector extensions so that it runs on any machine.
+// A machine's header says how wide a vector is (TILEFOLD_BYTES) and replaces the words that it has in silicon.
+// The fact to know: max(a, b) is b where either is NaN, so the operand that may be NaN goes first to be dropped and
+// last to be kept; and products are fused into sums only where the word fma stands (-ffp-contract=off), since bits
+// that depend on a compiler's mood could not be promised.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#define TILEFOLD_INLINE inline __attribute__((always_inline))
+#define TILEFOLD_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+// ---- counting at compile time (the standard library's own would leave weak symbols) ----
+
+template <int N>
+struct Int {
+    static constexpr int value = N;
+    constexpr operator int() const { return N; }
+};
+template <int... I>
+struct Ints {};
+template <int N, int... I>
+struct Upto : Upto<N - 1, N - 1, I...> {};
+template <int... I>
+struct Upto<0, I...> {
+    using type = Ints<I...>;
+};
+
+template <class F, int... I>
+TILEFOLD_INLINE void each_of(F&& f, Ints<I...>) {
+    (f(Int<I>{}), ...);
+}
+// f(0), f(1), … f(N − 1), unrolled: arrays of vectors indexed this way stay in registers.
+template <int N, class F>
+TILEFOLD_INLINE void each(F&& f) {
+    each_of(f, typename Upto<N>::type{});
+}
+
+// ---- vectors ----
+
+constexpr int BYTES = TILEFOLD_BYTES;
+
+template <class E>
+struct VectorOf {
+    typedef E type __attribute__((vector_size(BYTES)));
+    typedef E anywhere __attribute__((vector_size(BYTES), aligned(1), may_alias));
+};
+template <class E>
+using Vec = typename VectorOf<E>::type;
+
+using F32 = Vec<float>;
+using F64 = Vec<double>;
+using I32 = Vec<int32_t>;
+using U32 = Vec<uint32_t>;
+using I64 = Vec<int64_t>;
+
+template <class E>
+constexpr int LANES = BYTES / int(sizeof(E));
+
+// The integers that are as wide as a float type, and what exp and rounding need to know of it.
+template <class E>
+struct Float;
+template <>
+struct Float<float> {
+    using Integer = int32_t;
+    static constexpr float magic = 12582912.0f;  // 1.5 · 2^23: adding it leaves an integer in the low bits
+    static constexpr float least = -88.0f;       // e^least is 2^−127: the first power of two that counts as 0
+    static constexpr int bias = 127, mantissa = 23, degree = 5;
+    // e^f on ±ln(2) / 2, relative error 1.05e-7; the last two coefficients are exact, so that e^0 = 1.
+    static constexpr float poly[] = {8.312501013278961e-03f, 4.189033061265945e-02f, 1.6667115688323975e-01f,
+                                     4.9999231100082397e-01f, 1.0f, 1.0f};
+};
+template <>
+struct Float<double> {
+    using Integer = int64_t;
+    static constexpr double magic = 6755399441055744.0;  // 1.5 · 2^52
+    static constexpr double least = -709.0;
+    static constexpr int bias = 1023, mantissa = 52, degree = 13;
+    // 1 / n!: the remainder on ±ln(2) / 2 is 4e-18.
+    static constexpr double poly[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                      1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+};
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+template <class E>
+using Mask = Vec<typename Float<E>::Integer>;  // every bit of a lane set, or none
+
+template <class E>
+TILEFOLD_INLINE Vec<E> load(const E* p) {
+    return *reinterpret_cast<const typename VectorOf<E>::anywhere*>(p);
+}
+template <class E>
+TILEFOLD_INLINE void store(E* p, Vec<E> x) {
+    *reinterpret_cast<typename VectorOf<E>::anywhere*>(p) = x;
+}
+template <class E>
+TILEFOLD_INLINE Vec<E> set(E x) {
+    return x - Vec<E>{};
+}
+template <class E>
+TILEFOLD_INLINE Vec<E> iota() {
+    Vec<E> x{};
+    for (int i = 0; i < LANES<E>; i++) x[i] = E(i);
+    return x;
+}
+template <class To, class From>
+TILEFOLD_INLINE To bits_as(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+template <class E>
+TILEFOLD_INLINE Vec<E> select(Mask<E> m, Vec<E> yes, Vec<E> no) {
+    return m ? yes : no;
+}
+
+// ---- words that machines replace ----
+
+#ifndef TILEFOLD_HAS_ARITHMETIC
+template <class V>
+TILEFOLD_INLINE V fma(V a, V b, V c) {
+    return a * b + c;
+}
+template <class V>
+TILEFOLD_INLINE V max(V a, V b) {
+    return a > b ? a : b;
+}
+#endif
+
+#ifndef TILEFOLD_HAS_ANY
+template <class M>
+TILEFOLD_INLINE bool any(M m) {
+    uint64_t word[sizeof(M) / 8], all = 0;
+    memcpy(word, &m, sizeof m);
+    for (uint64_t w : word) all |= w;
+    return all != 0;
+}
+#endif
+
+// Half-precision numbers are storage only: they become float when they are loaded.
+struct Half {
+    uint16_t bits;
+};
+struct BFloat {
+    uint16_t bits;
+};
+
+TILEFOLD_INLINE float one(float x) { return x; }
+TILEFOLD_INLINE double one(double x) { return x; }
+TILEFOLD_INLINE float one(BFloat x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+TILEFOLD_INLINE float one(Half x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+    const bool special = (x.bits & 0x7c00) == 0x7c00;
+    const float scaled = bits_as<float>(rest) * 0x1p112f;  // exact, and right for subnormal numbers too
+    return bits_as<float>((special ? rest | 0x7f800000 : bits_as<uint32_t>(scaled)) | sign);
+}
+
+TILEFOLD_INLINE void put(float* p, float x) { *p = x; }
+TILEFOLD_INLINE void put(double* p, double x) { *p = x; }
+TILEFOLD_INLINE void put(BFloat* p, float x) {
+    const uint32_t u = bits_as<uint32_t>(x);
+    p->bits = uint16_t(x != x ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+TILEFOLD_INLINE void put(Half* p, float x) {
+    const uint32_t u = bits_as<uint32_t>(x), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+    uint32_t h;
+    if (a > 0x7f800000)
+        h = 0x7e00;
+    else if (a >= 0x477ff000)  // 65520 and beyond round to infinity
+        h = 0x7c00;
+    else if (a < 0x38800000)  // subnormal: adding 0.5 leaves the rounded bits at the bottom
+        h = bits_as<uint32_t>(bits_as<float>(a) + 0.5f) - 0x3f000000;
+    else
+        h = (a + 0xfff + ((a >> 13) & 1) - 0x38000000) >> 13;
+    p->bits = uint16_t(h | sign);
+}
+
+#ifndef TILEFOLD_HAS_HALF
+TILEFOLD_INLINE F32 widen(const Half* p) {
+    F32 x;
+    for (int i = 0; i < LANES<float>; i++) x[i] = one(p[i]);
+    return x;
+}
+TILEFOLD_INLINE void narrow(Half* p, F32 x) {
+    for (int i = 0; i < LANES<float>; i++) put(p + i, x[i]);
+}
+#endif
+#ifndef TILEFOLD_HAS_BFLOAT
+TILEFOLD_INLINE F32 widen(const BFloat* p) {
+    typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
+    Short raw;
+    memcpy(&raw, p, sizeof raw);
+    return bits_as<F32>(__builtin_convertvector(raw, U32) << 16);
+}
+TILEFOLD_INLINE void narrow(BFloat* p, F32 x) {
+    typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
+    const U32 u = bits_as<U32>(x);
+    const U32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40;
+    const Short raw = __builtin_convertvector((x != x) ? quiet : rounded, Short);
+    memcpy(p, &raw, sizeof raw);
+}
+#endif
+TILEFOLD_INLINE F32 widen(const float* p) { return load(p); }
+TILEFOLD_INLINE F64 widen(const double* p) { return load(p); }
+TILEFOLD_INLINE void narrow(float* p, F32 x) { store(p, x); }
+TILEFOLD_INLINE void narrow(double* p, F64 x) { store(p, x); }
+
+// ---- words made of words ----
+
+// x = k · ln(2) + f with an integer k: f, and 2^k.
+template <class E>
+struct Reduced {
+    Vec<E> f, power;
+};
+template <class E>
+TILEFOLD_INLINE Reduced<E> reduce(Vec<E> x) {
+    using T = Float<E>;
+    const Vec<E> magic = set<E>(T::magic + E(T::bias));
+    const Vec<E> z = fma(x, set<E>(E(LOG2E)), magic);  // its low bits are the exponent of 2^k
+    return {fma(z - magic, set<E>(E(-LN2)), x), bits_as<Vec<E>>(bits_as<Mask<E>>(z) << T::mantissa)};
+}
+// The polynomial of e^f without its first `TERMS` lowest terms, divided by f^TERMS.
+template <class E, int TERMS>
+TILEFOLD_INLINE Vec<E> tail_of_exp(Vec<E> f) {
+    using T = Float<E>;
+    Vec<E> p = set<E>(T::poly[0]);
+    each<T::degree - TERMS>([&](auto i) TILEFOLD_LAMBDA { p = fma(p, f, set<E>(T::poly[i + 1])); });
+    return p;
+}
+
+// e^x for x ≤ 0, −inf and NaN. Below about 1e-38 (1e-308) it is exactly 0; e^0 is exactly 1; NaN stays NaN.
+template <class E>
+TILEFOLD_INLINE Vec<E> exp(Vec<E> x) {
+    const Reduced<E> r = reduce<E>(max(set<E>(Float<E>::least), x));
+    return tail_of_exp<E, 0>(r.f) * r.power;
+}
+
+// tanh(x), accurate relative to x down to 0: with e = e^|2x| − 1 it is e / (e + 2).
+template <class E>
+TILEFOLD_INLINE Vec<E> tanh(Vec<E> x) {
+    const Mask<E> negative = x < Vec<E>{};
+    const Vec<E> size = select<E>(negative, -x, x);
+    // Beyond 20 tanh is 1 in either type. NaN comes last, so it is kept.
+    const Reduced<E> r = reduce<E>(-max(set<E>(E(-20)), -size) * set<E>(E(2)));
+    const Vec<E> e = fma(tail_of_exp<E, 1>(r.f) * r.f, r.power, r.power - set<E>(E(1)));
+    const Vec<E> y = e / (e + set<E>(E(2)));
+    return select<E>(negative, -y, y);
+}
+
+template <class E, int STEP, int... I>
+TILEFOLD_INLINE void exchange(Vec<E>& a, Vec<E>& b, Ints<I...>) {
+    constexpr int W = LANES<E>;
+    const Vec<E> x = a, y = b;
+    a = __builtin_shufflevector(x, y, ((I & STEP) ? W + (I - STEP) : I)...);
+    b = __builtin_shufflevector(x, y, ((I & STEP) ? W + I : I + STEP)...);
+}
+template <class E, int STEP>
+TILEFOLD_INLINE void transpose_from(Vec<E> (&x)[LANES<E>]) {
+    if constexpr (STEP < LANES<E>) {
+        each<LANES<E>>([&](auto r) TILEFOLD_LAMBDA {
+            if constexpr (!(r & STEP))
+                exchange<E, STEP>(x[r], x[r + STEP], typename Upto<LANES<E>>::type{});
+        });
+        transpose_from<E, STEP * 2>(x);
+    }
+}
+// A square of vectors: rows become columns.
+template <class E>
+TILEFOLD_INLINE void transpose(Vec<E> (&x)[LANES<E>]) {
+    transpose_from<E, 1>(x);
+}
+
+}  // namespace

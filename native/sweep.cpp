@@ -1,0 +1,368 @@
+// Units are pairs of a sequence and a key head; a unit falls into tiles of query rows; a tile is one piece, or one per
+// segment of keys. Pieces are taken from one counter: units with the most work first, in a unit the last rows first,
+// because under a diagonal they see the most keys. The fact to know: workers go through units in order, so at most
+// `workers` units are in work, and panels of packed keys and values exist for workers + 1 units only.
+
+#include "sweep.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+#include <thread>
+
+#include "memory.h"
+
+namespace tilefold {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+int64_t aligned(int64_t bytes) { return up(bytes, 64); }
+
+// One sequence within the arrays.
+struct Frame {
+    int64_t item;  // of the leading axes
+    int64_t q0, k0, q_len, kv_len;
+};
+
+struct Shape {
+    int64_t units, tiles, segments;  // tiles and segments of the longest unit
+    int64_t slots;                   // of panels
+    int64_t panel_keys, panel_values, panel_blocks;
+    int64_t scratch, state, states, counters;
+
+    // q_len and kv_len are those of the longest sequences.
+    Shape(const Problem& p, const Kernels& k, const Settings& s, bool strided_keys, int64_t q_len,
+          int64_t kv_len) {
+        units = p.batch * p.kv_heads;
+        const int64_t group = p.heads / p.kv_heads;
+        tiles = ceil_div(q_len * group, s.tile_rows);
+        segments = s.splits > 1 ? ceil_div(kv_len, SEGMENT) : 1;
+        Call c{};
+        c.dim = p.dim, c.v_dim = p.v_dim, c.group = group, c.block_k = s.block_k;
+        c.pack_keys = k.value_bytes && !k.key_bytes && strided_keys;
+        scratch = k.scratch(c, std::min(s.tile_rows, std::max<int64_t>(q_len * group, 1)));
+        const bool panels = k.value_bytes && tiles > 1 && s.splits == 1;
+        slots = panels ? std::min(units, s.workers + 1) : 0;
+        panel_blocks = panels ? ceil_div(kv_len, s.block_k) : 0;
+        const int64_t key_bytes = c.pack_keys ? k.value_bytes : k.key_bytes;
+        panel_keys = aligned(panel_blocks * s.block_k * up(p.dim, k.multiple) * key_bytes);
+        panel_values = aligned(panel_blocks * up(s.block_k, k.multiple) * p.v_dim * k.value_bytes);
+        state = aligned(std::min(s.tile_rows, q_len * group) * state_elements(p.v_dim) * k.element);
+        states = s.splits > 1 ? units * tiles * segments : 0;
+        counters = s.splits > 1 ? units * tiles : 0;
+    }
+
+    int64_t slot_bytes() const {
+        return panel_keys + panel_values + aligned(panel_blocks * int64_t(sizeof(int32_t)));
+    }
+    int64_t bytes(int64_t workers) const {
+        return workers * aligned(scratch) + slots * slot_bytes() + states * state +
+               aligned(counters * int64_t(sizeof(int32_t)));
+    }
+};
+
+class Sweep {
+   public:
+    Sweep(const Problem& p, const Kernels& k, const Settings& s, const Arrays& a, const Selection& part,
+          Stop& stop)
+        : p_(p), k_(k), s_(s), a_(a), part_(part), stop_(stop), group_(p.heads / p.kv_heads), c_{} {
+        c_.group = part.head < 0 ? group_ : 1;
+        c_.dim = p.dim, c_.v_dim = p.v_dim, c_.scale = p.scale, c_.softcap = p.softcap;
+        c_.bias_type = a.bias.type;
+        c_.q = inner(a.q), c_.k = inner(a.k), c_.v = inner(a.v), c_.out = inner(a.out);
+        c_.lse = a.lse ? inner(a.lse, 0) : Strides{};
+        c_.bias = a.bias ? inner(a.bias) : Strides{};
+        c_.cells = a.cells ? inner(a.cells) : Strides{};
+        c_.spans = part.spans, c_.bits_bytes = part.bits_bytes, c_.bits_start = part.bits_start;
+        c_.block_k = s.block_k;
+        c_.pack_keys = k.value_bytes && !k.key_bytes && strided_keys(a.k, p.dim, k.multiple);
+        find_frames();
+    }
+
+    static bool strided_keys(const Array& k, int64_t dim, int64_t multiple) {
+        const Strides s = inner(k);
+        return s.col != 1 || dim % multiple || s.row % multiple || s.head % multiple ||
+               reinterpret_cast<uintptr_t>(k.data) % 4 || odd_lead(k, multiple);
+    }
+
+    int64_t run(Team team) {
+        for (const Frame& f : frames_)
+            q_most_ = std::max(q_most_, f.q_len), kv_most_ = std::max(kv_most_, f.kv_len);
+        const Shape shape(p_, k_, s_, c_.pack_keys, q_most_, kv_most_);
+        const int64_t pieces = count_pieces();
+        if (!pieces) return 0;
+        const int workers = int(std::max<int64_t>(1, std::min(s_.workers, pieces)));
+        Memory memory(shape.bytes(s_.workers));
+        lay_out(shape, memory.data());
+        tilefold::run(
+            team, workers,
+            [](void* self, int worker) { static_cast<Sweep*>(self)->work(worker); }, this, &stop_);
+        return memory.bytes();
+    }
+
+   private:
+    // Panels of one unit at a time; `left` pieces of it are not done yet.
+    struct Slot {
+        Panel panel;
+        std::atomic<int64_t> unit{-1};
+        std::atomic<int64_t> left{0};
+    };
+
+    static Strides inner(const Array& a, int columns = 1) {
+        const int64_t* s = a.strides + a.dims - columns;
+        return {s[-2], s[-1], columns ? s[0] : 0};
+    }
+
+    static bool odd_lead(const Array& k, int64_t multiple) {
+        for (int i = 0; i < k.dims - 3; i++)
+            if (k.strides[i] % multiple) return true;
+        return false;
+    }
+
+    // Elements from the start of `a` to item `item` of its leading axes.
+    static int64_t lead_at(const Array& a, int inner_dims, int64_t item) {
+        int64_t at = 0;
+        for (int i = a.dims - inner_dims - 1; i >= 0; i--) {
+            at += item % a.shape[i] * a.strides[i];
+            item /= a.shape[i];
+        }
+        return at;
+    }
+
+    void find_frames() {
+        const bool packed = p_.layout == VARLEN;
+        const int64_t first = part_.frame < 0 ? 0 : part_.frame, last = part_.frame < 0 ? p_.batch : first + 1;
+        frames_.reserve(size_t(last - first));
+        for (int64_t n = first; n < last; n++) {
+            if (packed)
+                frames_.push_back({0, a_.q_ends[n], a_.kv_ends[n], a_.q_ends[n + 1] - a_.q_ends[n],
+                                   a_.kv_ends[n + 1] - a_.kv_ends[n]});
+            else
+                frames_.push_back({n, 0, 0, a_.q_ends ? a_.q_ends[n] : p_.q_len,
+                                   a_.kv_ends ? a_.kv_ends[n] : p_.kv_len});
+        }
+        if (packed || p_.has & LENGTHS)
+            std::stable_sort(frames_.begin(), frames_.end(), [](const Frame& x, const Frame& y) {
+                return x.q_len * x.kv_len > y.q_len * y.kv_len;
+            });
+    }
+
+    int64_t first_row(const Frame& f) const { return std::min(part_.first_row, f.q_len); }
+    int64_t last_row(const Frame& f) const { return std::min(part_.last_row, f.q_len); }
+    int64_t tiles(const Frame& f) const {
+        return ceil_div((last_row(f) - first_row(f)) * c_.group, s_.tile_rows);
+    }
+    int64_t segments(const Frame& f) const {
+        return s_.splits > 1 ? std::max<int64_t>(1, ceil_div(f.kv_len, SEGMENT)) : 1;
+    }
+    int64_t heads() const { return part_.head < 0 ? p_.kv_heads : 1; }
+
+    int64_t count_pieces() {
+        ends_.reserve(frames_.size());
+        int64_t sum = 0;
+        for (const Frame& f : frames_) ends_.push_back(sum += heads() * tiles(f) * segments(f));
+        return sum;
+    }
+
+    void lay_out(const Shape& shape, char* at) {
+        scratch_ = at, scratch_bytes_ = aligned(shape.scratch);
+        at += s_.workers * scratch_bytes_;
+        slots_ = std::vector<Slot>(size_t(shape.slots));
+        for (Slot& slot : slots_) {
+            slot.panel = {at, at + shape.panel_keys,
+                          reinterpret_cast<int32_t*>(at + shape.panel_keys + shape.panel_values)};
+            at += shape.slot_bytes();
+        }
+        states_ = at, state_bytes_ = shape.state;
+        at += shape.states * shape.state;
+        undone_ = reinterpret_cast<int32_t*>(at);
+        memset(undone_, 0, size_t(shape.counters) * sizeof(int32_t));
+    }
+
+    Unit unit(const Frame& f, int64_t kv_head) const {
+        const int64_t head = part_.head < 0 ? kv_head * group_ : part_.head;
+        Unit u{};
+        u.q = at(a_.q, f.item, head, f.q0);
+        u.k = at(a_.k, f.item, kv_head, f.k0);
+        u.v = at(a_.v, f.item, kv_head, f.k0);
+        u.out = at(a_.out, f.item, head, f.q0);
+        if (a_.lse)
+            u.lse = a_.lse.data + (lead_at(a_.lse, 2, f.item) + head * c_.lse.head + f.q0 * c_.lse.row) * width(a_.lse);
+        u.q_len = f.q_len, u.kv_len = f.kv_len;
+        u.first_row = first_row(f), u.last_row = last_row(f);
+        u.band = p_.band;
+        if (u.band.offset == PER_SEQUENCE) u.band.offset = f.kv_len - f.q_len;
+        if (a_.bias) u.bias = cell(a_.bias, f, head);
+        if (a_.cells) u.cells = reinterpret_cast<const uint8_t*>(cell(a_.cells, f, head));
+        u.lo = part_.lo, u.hi = part_.hi, u.bits = part_.bits;
+        if (a_.alibi) u.alibi = a_.alibi + f.item * p_.heads + head;
+        if (a_.sinks) u.sinks = a_.sinks + f.item * p_.heads + head;
+        return u;
+    }
+    static char* at(const Array& a, int64_t item, int64_t head, int64_t row) {
+        const Strides s = inner(a);
+        return a.data + (lead_at(a, 3, item) + head * s.head + row * s.row) * width(a);
+    }
+    static char* cell(const Array& a, const Frame& f, int64_t head) {
+        const Strides s = inner(a);
+        return a.data + (lead_at(a, 3, f.item) + head * s.head + f.q0 * s.row + f.k0 * s.col) * width(a);
+    }
+    static int64_t width(const Array& a) {
+        switch (a.type) {
+            case DType::float64: return 8;
+            case DType::float32: return 4;
+            case DType::uint8: return 1;
+            default: return 2;
+        }
+    }
+
+    struct Context {
+        Sweep* sweep;
+        int worker;
+    };
+
+    void work(int worker) {
+        Context context{this, worker};
+        Worker w{scratch_ + worker * scratch_bytes_, &context,
+                 [](void* x) {
+                     auto* me = static_cast<Context*>(x);
+                     return me->sweep->stop_.check(me->worker);
+                 },
+                 [](void* x) {
+                     auto* me = static_cast<Context*>(x);
+                     if (me->sweep->stop_.check(me->worker)) return;
+                     std::this_thread::yield();
+                 }};
+        while (!stop_.check(worker)) {
+            const int64_t n = next_.fetch_add(1, std::memory_order_relaxed);
+            if (ends_.empty() || n >= ends_.back()) return;
+            take(n, w);
+        }
+    }
+
+    void take(int64_t n, Worker& w) {
+        const size_t at = size_t(std::upper_bound(ends_.begin(), ends_.end(), n) - ends_.begin());
+        const Frame& f = frames_[at];
+        n -= at ? ends_[at - 1] : 0;
+        const int64_t tiles_here = tiles(f), segments_here = segments(f), per_unit = tiles_here * segments_here;
+        const int64_t head = n / per_unit, rest = n % per_unit;
+        const int64_t tile = tiles_here - 1 - rest / segments_here;
+        Unit u = unit(f, part_.head < 0 ? head : part_.head / group_);
+        Piece piece{};
+        piece.r0 = u.first_row * c_.group + tile * s_.tile_rows;
+        piece.r1 = std::min(piece.r0 + s_.tile_rows, u.last_row * c_.group);
+        const int64_t order = int64_t(at) * heads() + head;  // of the unit
+        if (s_.splits > 1) {
+            split(u, piece, order, tile, rest % segments_here, segments_here, w);
+            return;
+        }
+        piece.segment = -1;
+        Slot* slot = slots_.empty() || tiles_here == 1 ? nullptr : &slots_[size_t(order) % slots_.size()];
+        if (slot && !enter(*slot, order, tiles_here, rest == 0, w)) return;
+        if (slot) u.panel = slot->panel;
+        fold_piece(u, piece, w);
+        if (slot) slot->left.fetch_sub(1, std::memory_order_acq_rel);
+    }
+
+    // Makes the slot this unit's, once its last unit is done; whoever has the unit's first piece does it.
+    bool enter(Slot& slot, int64_t order, int64_t pieces, bool first, Worker& w) {
+        if (first) {
+            while (slot.left.load(std::memory_order_acquire)) {
+                if (w.stop(w.context)) return false;
+                w.relax(w.context);
+            }
+            memset(slot.panel.done, 0, size_t(ceil_div(kv_most_, s_.block_k)) * sizeof(int32_t));
+            slot.left.store(pieces, std::memory_order_relaxed);
+            slot.unit.store(order, std::memory_order_release);
+        }
+        while (slot.unit.load(std::memory_order_acquire) != order) {
+            if (w.stop(w.context)) return false;
+            w.relax(w.context);
+        }
+        return true;
+    }
+
+    // One segment of a tile; the worker that brings the last one joins them.
+    void split(const Unit& u, Piece& piece, int64_t order, int64_t tile, int64_t segment, int64_t segments,
+               Worker& w) {
+        const int64_t tiles_most = ceil_div(q_most_ * group_, s_.tile_rows);
+        const int64_t job = order * tiles_most + tile;
+        char* const states = states_ + job * most_segments() * state_bytes_;
+        piece.segment = segment;
+        piece.state = states + segment * state_bytes_;
+        fold_piece(u, piece, w);
+        if (std::atomic_ref<int32_t>(undone_[job]).fetch_add(1, std::memory_order_acq_rel) + 1 == segments) {
+            piece.state = states;
+            k_.join(c_, u, piece, segments, state_bytes_);
+        }
+    }
+    int64_t most_segments() const { return ceil_div(kv_most_, SEGMENT); }
+
+    void fold_piece(const Unit& u, const Piece& piece, Worker& w) {
+        if (k_.row && piece.r1 - piece.r0 <= k_.few_rows)
+            k_.row(c_, u, piece, w);
+        else
+            k_.tile(c_, u, piece, w);
+    }
+
+    const Problem& p_;
+    const Kernels& k_;
+    const Settings& s_;
+    const Arrays& a_;
+    const Selection& part_;
+    Stop& stop_;
+    const int64_t group_;
+    Call c_;
+    std::vector<Frame> frames_;
+    std::vector<int64_t> ends_;  // pieces up to and with each frame
+    std::vector<Slot> slots_;
+    int64_t q_most_ = 0, kv_most_ = 0;
+    std::atomic<int64_t> next_{0};
+    char *scratch_ = nullptr, *states_ = nullptr;
+    int32_t* undone_ = nullptr;
+    int64_t scratch_bytes_ = 0, state_bytes_ = 0;
+};
+
+}  // namespace
+
+Settings plan(const Problem& p, const Kernels& k, int threads) {
+    Settings s{};
+    const int64_t group = p.heads / p.kv_heads, rows = std::max<int64_t>(1, p.q_len * group);
+    s.tile_rows = std::min<int64_t>(up(rows, k.lanes), k.most_rows);
+    s.block_k = k.block_k;
+    const int64_t units = p.batch * p.kv_heads;
+    const int64_t tiles = (p.layout == VARLEN ? p.kv_heads : units) * ceil_div(rows, s.tile_rows);
+    const int64_t segments = ceil_div(p.kv_len, SEGMENT);
+    // Enough pieces for everyone to be busy to the end; a piece of its own per segment costs a state and a merge.
+    const bool split = p.layout != VARLEN && segments > 1 && threads > 1 && tiles < 4 * threads;
+    s.splits = split ? segments : 1;
+    const int64_t pieces = p.layout == VARLEN ? tiles + p.batch : tiles * s.splits;
+    s.workers = std::max<int64_t>(1, std::min<int64_t>(threads, pieces));
+    return s;
+}
+
+Settings resized(const Problem& p, const Kernels& k, Settings s) {
+    const int64_t rows = std::max<int64_t>(1, p.q_len * (p.heads / p.kv_heads));
+    s.tile_rows = std::clamp<int64_t>(s.tile_rows, 1, std::min<int64_t>(rows, k.most_rows));
+    s.block_k = std::clamp<int64_t>(up(s.block_k, 16), 16, SEGMENT);
+    const int64_t segments = p.layout == VARLEN ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
+    s.splits = s.splits > 1 ? segments : 1;
+    s.workers = std::clamp<int64_t>(s.workers, 1, MAX_THREADS);
+    return s;
+}
+
+int64_t workspace(const Problem& p, const Kernels& k, const Settings& s, bool strided_keys) {
+    if (!p.batch || !p.q_len || !p.heads) return 0;
+    return Shape(p, k, s, strided_keys, p.q_len, p.kv_len).bytes(s.workers);
+}
+
+int64_t fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
+             const Selection& part, Team team, Stop& stop) {
+    if (!p.batch || !p.q_len || !p.heads) return 0;
+    return Sweep(p, kernels, s, a, part, stop).run(team);
+}
+
+}  // namespace tilefold
