@@ -11,21 +11,18 @@ namespace tilefold {
 
 enum class Team : int { SERIAL, OWN, OPENMP };
 
-// Polled by the calling thread only, never from a worker: `ask` returns true when the call shall stop
-// (Ctrl-C).
+// Polled by the calling thread only: `ask` returns true when the call shall stop (Ctrl-C).
 struct Poll {
     bool (*ask)(void* context);
     void* context;
 };
 
-// Whether one call shall end early. Bodies check it between items; run() does while it waits for the last of
-// them.
+// Whether one call shall end early. Bodies check it between items, and run() while it waits for workers.
 class Stop {
    public:
     explicit Stop(Poll poll = {nullptr, nullptr}) noexcept;
 
-    // Worker 0 asks the poll, at most every 50 ms and first after 50 ms; the others only see what it was
-    // told.
+    // Worker 0 asks the poll, after 50 ms and at most every 50 ms; the others only see what it was told.
     bool check(int worker) noexcept;
 
     // For a worker that cannot go on.
@@ -37,16 +34,15 @@ class Stop {
     std::chrono::steady_clock::time_point next_;
 };
 
-// One parallel region: body(context, worker) runs once on each of at most `workers` threads, worker 0 being
-// the caller, each with its own number. It must not throw, and when it returns on one thread nobody else is
+// One parallel region: body(context, worker) runs once on each of at most `workers` threads, each with its
+// own number, worker 0 being the caller. It must not throw, and when it returns on one thread nobody else is
 // let in, since nothing can be left to share. A call made inside a region, or while another thread is in one,
 // runs on its own thread alone. Returns how many threads took part; 0 only in a process that `ask` forked,
-// where the other workers and their items are lost.
+// where the other workers and their items are lost. (From Team::OPENMP such a process never returns.)
 int run(Team team, int workers, void (*body)(void* context, int worker), void* context,
         Stop* stop = nullptr) noexcept;
 
-// Whether Team::OPENMP has a team to borrow; without one it runs on our own pool. In a forked child there is
-// none.
+// Whether Team::OPENMP has a team to borrow; else, and always in a forked child, it runs on our own pool.
 bool has_openmp() noexcept;
 
 // The library that has_openmp() found, or null.

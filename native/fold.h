@@ -70,7 +70,8 @@ constexpr int64_t SEGMENT = 1024;
 // What a machine offers for one storage type.
 struct Kernels {
     int lanes;               // query rows in a vector
-    int most_rows;           // query rows in the widest tile
+    int tile_rows;           // query rows in a tile
+    int most_rows;           // query rows in a piece at most
     int few_rows;            // up to so many query rows `row` is the faster one; 0 where there is no `row`
     int block_k;             // keys per block
     int element;             // bytes of an accumulator element

@@ -1,6 +1,6 @@
 // Sweep one on one machine: twin of fold.py, which is the specification.
 //
-// A tile is up to WIDEST vectors of query rows of one key head. For each block of keys: scores Sᵀ (keys × lanes) in
+// A tile is up to WIDEST vectors of query rows of one key head; a piece is up to MOST_TILES of them. For each block of keys: scores Sᵀ (keys × lanes) in
 // cache, their maximum, weights in place, then Oᵀ += Vᵀ·P; lanes are queries throughout, so maximum, sum and rescale are
 // vertical. Per score: 2·dim + 2·v_dim flops of multiply-add, and 17 vector operations of softmax (scale, max, store;
 // load, subtract, 11 of exp, add, store), that is 12 % of the arithmetic at dim 64 and 6 % at dim 128.
@@ -13,6 +13,7 @@
 namespace tilefold {
 namespace {
 
+constexpr int MOST_TILES = 8;
 constexpr int64_t ALIGN = 64;
 constexpr int64_t aligned(int64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
 
@@ -56,100 +57,44 @@ E settle(const Call& c, const Unit& u, int64_t r, E m, E d) {
     return d == 0 ? E(0) : 1 / d;
 }
 
-template <class K, class T, int NR>
-struct Tile {
+// What the tiles of a piece share: the block that is being folded, its scores, and where keys and values are read.
+template <class K, class T>
+struct Desk {
     using E = typename K::E;
     using A = typename K::A;
     using P = Packing<K, T>;
-    static constexpr int W = LANES<E>, N = NR * W;
+    static constexpr int N = WIDEST * LANES<E>;
 
     const Call& c;
     const Unit& u;
     Worker& w;
-    const int64_t r0, rows, depth;  // depth of a score's dot product, in A
-    Sight<N> sight;
-    A* queries;
-    E *scores, *part, *total;  // scores and weights; accumulators of this segment, and of those before it
-    E *max_part, *sum_part, *max_total, *sum_total, *factor;
-    char *own_keys, *own_values;  // a block packed for this tile alone
+    const int64_t depth, pitch;  // of a score's dot product, and of a packed block of values, in A
+    E* scores;                   // and weights, in place
+    char *own_keys, *own_values;  // a block packed for this piece alone
     A* clean;                     // values without NaN and infinity
     uint8_t* seen;
+    int64_t packed = -1;  // the block in own_keys and own_values
 
-    Tile(const Call& c_, const Unit& u_, Worker& w_, int64_t r0_, int64_t r1)
-        : c(c_), u(u_), w(w_), r0(r0_), rows(r1 - r0_), depth(depth_of(c_)) {
-        Arena a{w.scratch};
-        lay_out(a);
-    }
-
-    static int64_t depth_of(const Call& c) { return K::PAIR == 1 ? c.dim : up(c.dim, P::multiple) / K::PAIR; }
-    static int64_t pitch(const Call& c) { return up(c.block_k, 2) / K::PAIR; }
-
-    static int64_t bytes(const Call& c, const Unit& u, Worker& w) {
-        Tile t(c, u, w, 0, 1);
-        Arena a{nullptr};
-        t.lay_out(a);
-        return a.bytes;
-    }
-
-    void lay_out(Arena& a) {
-        queries = a.template take<A>(depth * N);
+    Desk(const Call& c_, const Unit& u_, Worker& w_, Arena& a)
+        : c(c_), u(u_), w(w_), depth(up(c.dim, P::multiple) / K::PAIR), pitch(up(c.block_k, 2) / K::PAIR) {
+        const bool keys = P::always_keys || c.pack_keys;
         scores = a.template take<E>(up(c.block_k, 2) * N);
-        part = a.template take<E>(c.v_dim * N);
-        total = a.template take<E>(c.v_dim * N);
-        max_part = a.template take<E>(N);
-        sum_part = a.template take<E>(N);
-        max_total = a.template take<E>(N);
-        sum_total = a.template take<E>(N);
-        factor = a.template take<E>(N);
-        own_keys = a.template take<char>(P::always_keys || c.pack_keys ? c.block_k * depth * int64_t(sizeof(A)) : 0);
-        own_values = a.template take<char>(P::always_values ? pitch(c) * K::PAIR / K::PAIR * c.v_dim * int64_t(sizeof(A)) : 0);
-        clean = a.template take<A>(pitch(c) * c.v_dim);
+        own_keys = a.template take<char>(keys ? c.block_k * depth * int64_t(sizeof(A)) : 0);
+        own_values = a.template take<char>(P::always_values ? pitch * c.v_dim * int64_t(sizeof(A)) : 0);
+        clean = a.template take<A>(pitch * c.v_dim);
         seen = a.template take<uint8_t>(c.block_k * N);
-    }
-
-    // ---- keys and values of a block, packed if need be ----
-
-    void pack(int64_t k0, int64_t k1, char* keys, char* values) {
-        const T* k = static_cast<const T*>(u.k) + k0 * c.k.row;
-        const T* v = static_cast<const T*>(u.v) + k0 * c.v.row;
-        if constexpr (K::PAIR == 1) {
-            if constexpr (P::always_keys) {
-                widen_rows<T, E>(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<E*>(keys), c.dim);
-                widen_rows<T, E>(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<E*>(values), c.v_dim);
-            }
-        } else {
-#ifdef TILEFOLD_HAS_DOT2
-            if (c.pack_keys)
-                copy_rows(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<BFloat*>(keys), depth * K::PAIR);
-            pack_value_pairs(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<uint32_t*>(values), pitch(c));
-#endif
-        }
     }
 
     Block<K> block(int64_t k0, int64_t k1) {
         Block<K> b;
-        const bool keys_packed = P::always_keys || c.pack_keys;
         char *keys = own_keys, *values = own_values;
         if constexpr (P::always_values) {
-            if (u.panel.done) {
-                const int64_t n = k0 / c.block_k;
-                keys = static_cast<char*>(u.panel.keys) + n * c.block_k * depth * int64_t(sizeof(A));
-                values = static_cast<char*>(u.panel.values) + n * pitch(c) * c.v_dim * int64_t(sizeof(A));
-                int32_t nobody = 0;
-                if (__atomic_load_n(u.panel.done + n, __ATOMIC_ACQUIRE) != 2) {
-                    if (__atomic_compare_exchange_n(u.panel.done + n, &nobody, 1, false, __ATOMIC_ACQ_REL,
-                                                    __ATOMIC_ACQUIRE)) {
-                        pack(k0, k1, keys, values);
-                        __atomic_store_n(u.panel.done + n, 2, __ATOMIC_RELEASE);
-                    } else {
-                        while (__atomic_load_n(u.panel.done + n, __ATOMIC_ACQUIRE) != 2) w.relax(w.context);
-                    }
-                }
-            } else {
-                pack(k0, k1, keys, values);
-            }
+            if (u.panel.done)
+                from_panel(k0, k1, keys, values);
+            else if (packed != k0)
+                pack(k0, k1, keys, values), packed = k0;
         }
-        if (keys_packed)
+        if (P::always_keys || c.pack_keys)
             b.keys = {reinterpret_cast<const A*>(keys), depth, 1};
         else
             b.keys = {reinterpret_cast<const A*>(static_cast<const T*>(u.k) + k0 * c.k.row), c.k.row / K::PAIR,
@@ -159,26 +104,86 @@ struct Tile {
         else if constexpr (K::PAIR == 1)
             b.values = {reinterpret_cast<const A*>(values), 1, c.v_dim};
         else
-            b.values = {reinterpret_cast<const A*>(values), pitch(c), 1};
+            b.values = {reinterpret_cast<const A*>(values), pitch, 1};
         return b;
+    }
+
+  private:
+    // The unit's shared panels: whoever needs a block first fills it, the others wait for that.
+    void from_panel(int64_t k0, int64_t k1, char*& keys, char*& values) {
+        const int64_t n = k0 / c.block_k;
+        keys = static_cast<char*>(u.panel.keys) + n * c.block_k * depth * int64_t(sizeof(A));
+        values = static_cast<char*>(u.panel.values) + n * pitch * c.v_dim * int64_t(sizeof(A));
+        int32_t* const done = u.panel.done + n;
+        int32_t nobody = 0;
+        if (__atomic_load_n(done, __ATOMIC_ACQUIRE) == 2) return;
+        if (__atomic_compare_exchange_n(done, &nobody, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+            pack(k0, k1, keys, values);
+            __atomic_store_n(done, 2, __ATOMIC_RELEASE);
+        } else {
+            while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != 2) w.relax(w.context);
+        }
+    }
+
+    void pack(int64_t k0, int64_t k1, char* keys, char* values) {
+        const T* k = static_cast<const T*>(u.k) + k0 * c.k.row;
+        const T* v = static_cast<const T*>(u.v) + k0 * c.v.row;
+        if constexpr (P::always_keys) {
+            widen_rows<T, E>(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<E*>(keys), c.dim);
+            widen_rows<T, E>(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<E*>(values), c.v_dim);
+        } else {
+#ifdef TILEFOLD_HAS_DOT2
+            if (c.pack_keys)
+                copy_rows(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<BFloat*>(keys), depth * K::PAIR);
+            pack_value_pairs(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<uint32_t*>(values), pitch);
+#endif
+        }
+    }
+};
+
+// NR vectors of query rows and their state.
+template <class K, class T, int NR>
+struct Tile {
+    using E = typename K::E;
+    using A = typename K::A;
+    static constexpr int W = LANES<E>, N = NR * W;
+
+    int64_t r0, rows;
+    Sight<N> sight;
+    A* queries;
+    E *part, *total;  // accumulators of this segment, and of those before it
+    E *max_part, *sum_part, *max_total, *sum_total, *factor;
+    bool first, hidden, empty;  // nothing folded in this segment; a cell hidden in it; no segment before it
+
+    void lay_out(const Call& c, int64_t depth, Arena& a) {
+        queries = a.template take<A>(depth * N);
+        part = a.template take<E>(c.v_dim * N);
+        total = a.template take<E>(c.v_dim * N);
+        max_part = a.template take<E>(N);
+        sum_part = a.template take<E>(N);
+        max_total = a.template take<E>(N);
+        sum_total = a.template take<E>(N);
+        factor = a.template take<E>(N);
     }
 
     // ---- the steps of a block ----
 
     // Scores of keys j0 … j1 (block starts at k0) into scores[j − j0]; raises `top`.
-    void score(const Block<K>& b, int64_t k0, int64_t j0, int64_t j1, Kind kind, Vec<E> (&top)[NR]) {
+    void score(Desk<K, T>& desk, const Block<K>& b, int64_t k0, int64_t j0, int64_t j1, Kind kind, Vec<E> (&top)[NR]) {
+        const Call& c = desk.c;
+        const Unit& u = desk.u;
         const bool plain = c.softcap == NO_SOFTCAP && !u.bias && !u.alibi && !sight.holes;
         const bool edge = kind == Kind::EDGE;
-        E* const s = scores - (j0 - k0) * N;  // by key of the block
+        E* const s = desk.scores - (j0 - k0) * N;  // by key of the block
         if (!plain) {
             const Vec<E> scale = set<E>(E(c.scale));
-            product<K, NR>(b.keys, queries, depth, j0 - k0, j1 - k0, [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+            product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, [=](int64_t j, auto& acc) TILEFOLD_LAMBDA {
                 constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
                 each<MR>([&](auto r) TILEFOLD_LAMBDA {
                     each<NR>([&](auto i) TILEFOLD_LAMBDA { store(s + (j + r) * N + i * W, acc[r][i] * scale); });
                 });
             });
-            finish_scores<E, NR>(c, u, sight, r0, rows, j0, j1, edge, scores, top);
+            finish_scores<E, NR>(c, u, sight, r0, rows, j0, j1, edge, desk.scores, top);
             return;
         }
         const Vec<E> scale = set<E>(E(c.scale)), none = set<E>(-INFINITE<E>);
@@ -191,31 +196,47 @@ struct Tile {
             }
             full0 = sight.full_first, full1 = sight.full_last;
         }
-        product<K, NR>(b.keys, queries, depth, j0 - k0, j1 - k0, [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+        Vec<E> highest[NR];  // copies that stores cannot alias, so that they may stay in registers
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = top[i]; });
+        product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
             constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
-            const bool test = k0 + j < full0 || k0 + j + MR > full1;
+            E* const to = s + j * N;
+            if (__builtin_expect(k0 + j < full0 || k0 + j + MR > full1, 0)) {
+                each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                    const Mask<E> at = Mask<E>{} + typename Float<E>::Integer(j + r);
+                    each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                        const Vec<E> x = select<E>((lo[i] <= at) & (hi[i] > at), acc[r][i] * scale, none);
+                        highest[i] = max(x, highest[i]);
+                        store(to + r * N + i * W, x);
+                    });
+                });
+                return;
+            }
+            Vec<E> strip_top[NR];  // a chain of its own: through `highest` strips would wait for one another
             each<MR>([&](auto r) TILEFOLD_LAMBDA {
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    Vec<E> x = acc[r][i] * scale;
-                    if (__builtin_expect(test, 0)) {
-                        const Mask<E> at = Mask<E>{} + typename Float<E>::Integer(j + r);
-                        x = select<E>((lo[i] <= at) & (hi[i] > at), x, none);
-                    }
-                    top[i] = max(x, top[i]);
-                    store(s + (j + r) * N + i * W, x);
+                    const Vec<E> x = acc[r][i] * scale;
+                    store(to + r * N + i * W, x);
+                    if constexpr (r == 0)
+                        strip_top[i] = x;
+                    else
+                        strip_top[i] = max(x, strip_top[i]);
                 });
             });
+            each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = max(strip_top[i], highest[i]); });
         });
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = highest[i]; });
     }
 
     // Scores become weights, in place; for pairs two rows become one of bf16 pairs. Returns their sums in `sum`.
-    void weigh(int64_t keys, const Vec<E> (&shift)[NR], Vec<E> (&sum)[NR]) {
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = Vec<E>{}; });
+    static void weigh(E* scores, int64_t keys, const Vec<E> (&shift)[NR], Vec<E> (&sum)[NR]) {
+        Vec<E> total_of[NR], less[NR];
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { total_of[i] = Vec<E>{}, less[i] = shift[i]; });
         if constexpr (K::PAIR == 1) {
             for (E *s = scores, *end = scores + keys * N; s < end; s += N)
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    const Vec<E> p = exp<E>(load(s + i * W) - shift[i]);
-                    sum[i] += p;
+                    const Vec<E> p = exp<E>(load(s + i * W) - less[i]);
+                    total_of[i] += p;
                     store(s + i * W, p);
                 });
         } else {
@@ -224,54 +245,64 @@ struct Tile {
             E* to = scores;
             for (E *s = scores, *end = scores + keys * N; s < end; s += 2 * N, to += N)
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    const Vec<E> p = exp<E>(load(s + i * W) - shift[i]);
-                    const Vec<E> q = exp<E>(load(s + N + i * W) - shift[i]);
-                    sum[i] += p;
-                    sum[i] += q;
+                    const Vec<E> p = exp<E>(load(s + i * W) - less[i]);
+                    const Vec<E> q = exp<E>(load(s + N + i * W) - less[i]);
+                    total_of[i] += p;
+                    total_of[i] += q;
                     store(to + i * W, bits_as<Vec<E>>((bits_as<U32>(p) + 0x8000u) >> 16 |
                                                       ((bits_as<U32>(q) + 0x8000u) & 0xffff0000u)));
                 });
         }
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = total_of[i]; });
     }
 
     // Oᵀ of the segment: times `keep`, plus Vᵀ·P of this block.
-    void accumulate(Source<A> values, int64_t keys, const Vec<E> (&keep)[NR], bool first) {
+    void accumulate(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
         const int64_t steps = (keys + K::PAIR - 1) / K::PAIR;
-        const A* p = reinterpret_cast<const A*>(scores);
-        product<K, NR>(values, p, steps, 0, c.v_dim, [&](int64_t d, auto& acc) TILEFOLD_LAMBDA {
+        const A* p = reinterpret_cast<const A*>(desk.scores);
+        E* const to = part;  // vectors may alias anything, so what a strip needs is copied to where they cannot reach
+        const bool fresh = first;
+        Vec<E> factor_of[NR];
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { factor_of[i] = keep[i]; });
+        product<K, NR>(values, p, steps, 0, desk.c.v_dim, [=](int64_t d, auto& acc) TILEFOLD_LAMBDA {
             constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
-            each<MR>([&](auto r) TILEFOLD_LAMBDA {
-                each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    E* o = part + (d + r) * N + i * W;
-                    store(o, first ? acc[r][i] : fma(load(o), keep[i], acc[r][i]));
+            E* const o = to + d * N;
+            if (fresh)
+                each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                    each<NR>([&](auto i) TILEFOLD_LAMBDA { store(o + r * N + i * W, acc[r][i]); });
                 });
-            });
+            else
+                each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                    each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                        store(o + r * N + i * W, fma(load(o + r * N + i * W), factor_of[i], acc[r][i]));
+                    });
+                });
         });
     }
 
     // ---- a block whose values hold NaN or infinity that some lane does not see ----
 
-    void note_seen(int64_t keys) {
-        for (int64_t n = 0; n < keys * N; n++) seen[n] = scores[n] != -INFINITE<E>;
+    static void note_seen(Desk<K, T>& desk, int64_t keys) {
+        for (int64_t n = 0; n < keys * N; n++) desk.seen[n] = desk.scores[n] != -INFINITE<E>;
     }
 
     // The product with non-finite values taken as 0, then each of them added to the lanes that see it.
-    void accumulate_carefully(Source<A> values, int64_t keys, const Vec<E> (&keep)[NR], bool first) {
+    void accumulate_carefully(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
         const int64_t steps = (keys + K::PAIR - 1) / K::PAIR;
-        for (int64_t d = 0; d < c.v_dim; d++)
+        for (int64_t d = 0; d < desk.c.v_dim; d++)
             for (int64_t k = 0; k < steps; k++) {
                 A a = values.at[d * values.row + k * values.step];
                 for (int half = 0; half < K::PAIR; half++)
                     if (!finite(value(a, half))) a = without(a, half);
-                clean[d * steps + k] = a;
+                desk.clean[d * steps + k] = a;
             }
-        accumulate({clean, steps, 1}, keys, keep, first);
-        for (int64_t d = 0; d < c.v_dim; d++)
+        accumulate(desk, {desk.clean, steps, 1}, keys, keep);
+        for (int64_t d = 0; d < desk.c.v_dim; d++)
             for (int64_t j = 0; j < keys; j++) {
                 const E x = value(values.at[d * values.row + j / K::PAIR * values.step], int(j % K::PAIR));
                 if (finite(x)) continue;
                 for (int r = 0; r < N; r++)
-                    if (seen[j * N + r]) part[d * N + r] += x * weight(j, r);
+                    if (desk.seen[j * N + r]) part[d * N + r] += x * weight(desk.scores, j, r);
             }
     }
     static bool finite(E x) { return x - x == 0; }
@@ -287,7 +318,7 @@ struct Tile {
         else
             return half ? a & 0xffffu : a & 0xffff0000u;
     }
-    E weight(int64_t j, int r) const {
+    static E weight(const E* scores, int64_t j, int r) {
         if constexpr (K::PAIR == 1)
             return scores[j * N + r];
         else
@@ -296,55 +327,54 @@ struct Tile {
 
     // ---- segments ----
 
-    // Folds the keys of one segment from empty into part, max_part, sum_part; false if no lane sees any of them.
-    bool fold_segment(int64_t s0, int64_t s1) {
-        bool hidden = false;
-        if (!fold_segment<false>(s0, s1, hidden)) return false;
-        if (hidden && !all_finite()) fold_segment<true>(s0, s1, hidden);
-        return true;
+    void begin_segment() {
+        for (int r = 0; r < N; r++) max_part[r] = -INFINITE<E>, sum_part[r] = 0;
+        first = true, hidden = false;
     }
 
+    // Keys k0 … of one block, as far as they belong to the segment s0 … s1 and somebody here sees them.
     template <bool CAREFUL>
-    bool fold_segment(int64_t s0, int64_t s1, bool& hidden) {
-        Vec<E> m[NR], sum[NR];
+    void fold_block(Desk<K, T>& desk, int64_t k0, int64_t s0, int64_t s1) {
+        const Call& c = desk.c;
+        const Unit& u = desk.u;
+        const int64_t j0 = most(k0, most(s0, sight.first) / K::PAIR * K::PAIR);
+        const int64_t j1 = least(k0 + c.block_k, least(s1, sight.last));
+        if (j0 >= j1) return;
+        const Kind kind = sight.kind(c, u, r0, rows, j0, j1);
+        if (kind == Kind::EMPTY) return;
+        // A key beyond an odd end is read as its neighbour's partner.
+        hidden |= kind == Kind::EDGE || u.bias || (K::PAIR == 2 && j1 % 2 && j1 < u.kv_len);
+        const Block<K> b = desk.block(k0, least(k0 + c.block_k, u.kv_len));
+        Vec<E> top[NR], shift[NR], keep[NR], added[NR];
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = load(max_part + i * W); });
+        score(desk, b, k0, j0, j1, kind, top);
+        if constexpr (CAREFUL) note_seen(desk, j1 - j0);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
-            m[i] = set<E>(-INFINITE<E>);
-            sum[i] = Vec<E>{};
+            shift[i] = select<E>(top[i] == set<E>(-INFINITE<E>), Vec<E>{}, top[i]);
+            keep[i] = exp<E>(load(max_part + i * W) - shift[i]);
+            store(max_part + i * W, top[i]);
         });
-        bool first = true;
-        const int64_t begin = most(s0, sight.first), end = least(s1, sight.last);
-        for (int64_t k0 = begin / c.block_k * c.block_k; k0 < end; k0 += c.block_k) {
-            const int64_t j0 = most(k0, begin / K::PAIR * K::PAIR), j1 = least(k0 + c.block_k, end);
-            const Kind kind = sight.kind(c, u, r0, rows, j0, j1);
-            if (kind == Kind::EMPTY) continue;
-            hidden |= kind == Kind::EDGE || u.bias;
-            const Block<K> b = block(k0, least(k0 + c.block_k, u.kv_len));
-            Vec<E> top[NR], shift[NR], keep[NR], added[NR];
-            each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = m[i]; });
-            score(b, k0, j0, j1, kind, top);
-            if constexpr (CAREFUL) note_seen(j1 - j0);
-            each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                shift[i] = select<E>(top[i] == set<E>(-INFINITE<E>), Vec<E>{}, top[i]);
-                keep[i] = exp<E>(m[i] - shift[i]);
-                m[i] = top[i];
-            });
-            weigh(j1 - j0, shift, added);
-            each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = fma(sum[i], keep[i], added[i]); });
-            const Source<A> values = b.values.from(0, (j0 - k0) / K::PAIR);
-            if constexpr (CAREFUL)
-                accumulate_carefully(values, j1 - j0, keep, first);
-            else
-                accumulate(values, j1 - j0, keep, first);
-            first = false;
-        }
+        weigh(desk.scores, j1 - j0, shift, added);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
-            store(max_part + i * W, m[i]);
-            store(sum_part + i * W, sum[i]);
+            store(sum_part + i * W, fma(load(sum_part + i * W), keep[i], added[i]));
         });
-        return !first;
+        const Source<A> values = b.values.from(0, (j0 - k0) / K::PAIR);
+        if constexpr (CAREFUL)
+            accumulate_carefully(desk, values, j1 - j0, keep);
+        else
+            accumulate(desk, values, j1 - j0, keep);
+        first = false;
     }
 
-    bool all_finite() const {
+    // Looks at what the segment gave; only where something is not finite and something is hidden is it done again.
+    void check(Desk<K, T>& desk, int64_t s0, int64_t s1) {
+        if (first || !hidden || all_finite(desk.c)) return;
+        begin_segment();
+        for (int64_t k0 = s0 / desk.c.block_k * desk.c.block_k; k0 < s1; k0 += desk.c.block_k)
+            fold_block<true>(desk, k0, s0, s1);
+    }
+
+    bool all_finite(const Call& c) const {
         Vec<E> odd{};
         for (const E *o = part, *end = part + c.v_dim * N; o < end; o += W) {
             const Vec<E> x = load(o);
@@ -354,7 +384,15 @@ struct Tile {
     }
 
     // Joins this segment to those before it.
-    void merge() {
+    void merge(const Call& c) {
+        if (first) return;
+        if (empty) {  // merging with nothing
+            swap(part, total);
+            swap(max_part, max_total);
+            swap(sum_part, sum_total);
+            empty = false;
+            return;
+        }
         Vec<E> keep[NR], gain[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
             const Vec<E> a = load(max_total + i * W), b = load(max_part + i * W), m = max(a, b);
@@ -370,8 +408,13 @@ struct Tile {
                 store(o, fma(load(part + at + i * W), gain[i], load(o) * keep[i]));
             });
     }
+    static void swap(E*& a, E*& b) {
+        E* const t = a;
+        a = b;
+        b = t;
+    }
 
-    void begin_total() {
+    void begin_total(const Call& c, const Unit& u) {
         for (int r = 0; r < N; r++) {
             const E sink = u.sinks ? E(u.sinks[(r0 + least(r, rows - 1)) % c.group]) : -INFINITE<E>;
             max_total[r] = sink;
@@ -380,74 +423,103 @@ struct Tile {
         memset(total, 0, size_t(c.v_dim * N) * sizeof(E));
     }
 
-    void swap_total() {
-        E* t = part;
-        part = total, total = t;
-        t = max_part, max_part = max_total, max_total = t;
-        t = sum_part, sum_part = sum_total, sum_total = t;
-    }
-
-    void load_queries() {
+    void begin(const Desk<K, T>& desk, int64_t r0_, int64_t rows_) {
+        const Call& c = desk.c;
+        const Unit& u = desk.u;
+        r0 = r0_, rows = rows_;
+        sight.look(c, u, r0, rows);
         if constexpr (K::PAIR == 1) pack_queries<T, E, N>(c, u, r0, rows, queries);
 #ifdef TILEFOLD_HAS_DOT2
         else
-            pack_query_pairs<N>(c, u, r0, rows, depth, queries);
+            pack_query_pairs<N>(c, u, r0, rows, desk.depth, queries);
 #endif
+        empty = !u.sinks;
+        if (!empty) begin_total(c, u);
     }
 
-    // All keys, from the sinks to the output.
-    void run() {
-        sight.look(c, u, r0, rows);
-        load_queries();
-        bool empty = !u.sinks;
-        if (!empty) begin_total();
-        for (int64_t s = sight.first / SEGMENT * SEGMENT; s < sight.last; s += SEGMENT) {
-            if (w.stop(w.context)) return;
-            if (!fold_segment(s, s + SEGMENT)) continue;
-            if (empty)
-                swap_total();  // merging with nothing
-            else
-                merge();
-            empty = false;
-        }
-        if (empty) begin_total();
-        finalize();
-    }
-
-    // The keys of one segment, to a state.
-    void run_segment(int64_t segment, E* state) {
-        sight.look(c, u, r0, rows);
-        load_queries();
-        const int64_t pitch = state_elements(c.v_dim);
-        if (!fold_segment(segment * SEGMENT, (segment + 1) * SEGMENT)) {
-            for (int64_t r = 0; r < rows; r++, state += pitch) {
-                memset(state, 0, size_t(pitch) * sizeof(E));
-                state[0] = -INFINITE<E>;
-            }
-            return;
-        }
-        for (int64_t r = 0; r < rows; r++, state += pitch) {
-            state[0] = max_part[r];
-            state[1] = sum_part[r];
-            for (int64_t d = 0; d < pitch - 16; d++) state[16 + d] = d < c.v_dim ? part[d * N + r] : E(0);
-        }
-    }
-
-    void finalize() {
+    void finish(const Call& c, const Unit& u) {
+        if (empty) begin_total(c, u);
         for (int r = 0; r < rows; r++) factor[r] = settle(c, u, r0 + r, max_total[r], sum_total[r]);
         for (int64_t r = rows; r < N; r++) factor[r] = 0;
         unpack_output<T, E, N>(c, u, r0, rows, total, factor);
     }
+
+    // The state of this segment, row by row.
+    void save(const Call& c, E* state) const {
+        const int64_t pitch = state_elements(c.v_dim);
+        for (int64_t r = 0; r < rows; r++, state += pitch) {
+            memset(state, 0, size_t(pitch) * sizeof(E));
+            state[0] = max_part[r];
+            state[1] = sum_part[r];
+            if (!first)
+                for (int64_t d = 0; d < c.v_dim; d++) state[16 + d] = part[d * N + r];
+        }
+    }
 };
 
-template <class K, class T, int NR>
-void fold_rows(const Call& c, const Unit& u, const Piece& p, Worker& w) {
-    Tile<K, T, NR> tile(c, u, w, p.r0, p.r1);
-    if (p.segment < 0)
-        tile.run();
-    else
-        tile.run_segment(p.segment, static_cast<typename K::E*>(p.state));
-}
+// All the rows of a piece, as tiles that are folded block by block together: a block of keys and values comes from
+// memory once for all of them, and then from the second cache.
+template <class K, class T>
+struct Tiles {
+    using E = typename K::E;
+    static constexpr int W = LANES<E>, N = WIDEST * W;
+
+    Desk<K, T> desk;
+    int64_t count;  // of whole tiles
+    int last;       // vectors of rows in the last one, 0 if it is whole
+    Tile<K, T, WIDEST> whole[MOST_TILES];
+    Tile<K, T, 1> one_left;
+    Tile<K, T, 2> two_left;
+
+    Tiles(const Call& c, const Unit& u, Worker& w, int64_t rows, Arena& a) : desk(c, u, w, a) {
+        static_assert(WIDEST == 3);
+        count = rows / N;
+        last = int((rows % N + W - 1) / W);
+        if (last == WIDEST) count++, last = 0;
+        each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.lay_out(c, desk.depth, a); });
+    }
+
+    template <class F>
+    void each_tile(F&& f) {
+        for (int64_t n = 0; n < count; n++) f(whole[n]);
+        if (last == 1) f(one_left);
+        if (last == 2) f(two_left);
+    }
+
+    void fold_segment(int64_t s0, int64_t s1, int64_t begin, int64_t end) {
+        const int64_t block_k = desk.c.block_k;
+        each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.begin_segment(); });
+        for (int64_t k0 = most(s0, begin) / block_k * block_k; k0 < least(s1, end); k0 += block_k)
+            each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.template fold_block<false>(desk, k0, s0, s1); });
+        each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.check(desk, s0, s1); });
+    }
+
+    void run(const Piece& p) {
+        const Call& c = desk.c;
+        const Unit& u = desk.u;
+        int64_t r0 = p.r0, begin = INT64_MAX, end = 0;
+        each_tile([&](auto& tile) TILEFOLD_LAMBDA {
+            tile.begin(desk, r0, least(p.r1 - r0, N));
+            r0 += N;
+            if (tile.sight.last) begin = least(begin, tile.sight.first), end = most(end, tile.sight.last);
+        });
+        if (p.segment >= 0) {
+            fold_segment(p.segment * SEGMENT, (p.segment + 1) * SEGMENT, begin, end);
+            E* state = static_cast<E*>(p.state);
+            each_tile([&](auto& tile) TILEFOLD_LAMBDA {
+                tile.save(c, state);
+                state += N * state_elements(c.v_dim);
+            });
+            return;
+        }
+        for (int64_t s = begin / SEGMENT * SEGMENT; s < end; s += SEGMENT) {
+            if (desk.w.stop(desk.w.context)) return;
+            fold_segment(s, s + SEGMENT, begin, end);
+            each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.merge(c); });
+        }
+        each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.finish(c, u); });
+    }
+};
 
 // A row's accumulator of whole vectors to its output.
 template <class E, class T>
@@ -462,23 +534,9 @@ void finish_row(const Call& c, const Unit& u, int64_t r, E m, E d, const E* acc)
 }
 
 template <class K, class T>
-void fold_tile(const Call& c, const Unit& u, const Piece& p, Worker& w) {
-    switch ((p.r1 - p.r0 + LANES<typename K::E> - 1) / LANES<typename K::E>) {
-        case 1: return fold_rows<K, T, 1>(c, u, p, w);
-        case 2: return fold_rows<K, T, 2>(c, u, p, w);
-        default: return fold_rows<K, T, 3>(c, u, p, w);
-    }
-}
-
-template <class K, class T>
-int64_t scratch_of(const Call& c, int64_t rows) {
-    Worker w{};
-    Unit u{};
-    switch ((rows + LANES<typename K::E> - 1) / LANES<typename K::E>) {
-        case 1: return Tile<K, T, 1>::bytes(c, u, w);
-        case 2: return Tile<K, T, 2>::bytes(c, u, w);
-        default: return Tile<K, T, 3>::bytes(c, u, w);
-    }
+void fold_tiles(const Call& c, const Unit& u, const Piece& p, Worker& w) {
+    Arena a{w.scratch};
+    Tiles<K, T>(c, u, w, p.r1 - p.r0, a).run(p);
 }
 
 // Merges the states of each row left to right, element by element as Tile::merge does, and finalizes.

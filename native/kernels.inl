@@ -9,14 +9,17 @@ constexpr Kernels kernels_of() {
     using P = Packing<K, T>;
     Kernels k{};
     k.lanes = LANES<E>;
-    k.most_rows = WIDEST * LANES<E>;
+    k.tile_rows = WIDEST * LANES<E>;
+    k.most_rows = MOST_TILES * k.tile_rows;
     k.block_k = sizeof(E) == 8 ? 64 : K::PAIR == 2 ? 256 : 128;
     k.element = sizeof(E);
     k.key_bytes = P::always_keys ? sizeof(E) : 0;
     k.value_bytes = P::always_values ? sizeof(typename K::A) / K::PAIR : 0;
     k.multiple = P::multiple;
     k.scratch = scratch_of<K, T>;
-    k.tile = fold_tile<K, T>;
+    k.tile = fold_tiles<K, T>;
+    k.few_rows = FEW_ROWS;
+    k.row = fold_row<K, T>;
     k.join = join_states<E, T>;
     return k;
 }

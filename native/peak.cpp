@@ -1,9 +1,10 @@
-// Each roof is one loop that does nothing else. On x86 it is written in assembly, so that accumulators stay
-// in registers: arrays of vectors left to the compiler went to the stack and showed a third of the truth.
+// Each roof is one loop that does nothing else. On x86 and ARM it is written in assembly, so that
+// accumulators stay in registers: arrays of vectors left to the compiler went to the stack, and showed a
+// third of the truth.
 //
-// Cost model: a multiply-add takes 4 cycles and two start in each; a product of tiles takes 52 and one starts
-// every 16. So 12 vectors, and 6 tiles, are under way at any time. No operand is zero: zeros need less power,
-// and let a processor clock higher than it does in real work.
+// Cost model: a multiply-add takes 4 cycles and two start in each, on ARM up to four; a product of tiles
+// takes 52 and one starts every 16. So 12 vectors, on ARM 24, or 6 tiles are under way at any time. No
+// operand is zero: zeros need less power, and let a processor clock higher than it does in real work.
 //
 // The best of a few passes counts, because whatever else the machine does only ever takes away.
 
@@ -95,8 +96,8 @@ double best_of_loop(Loop loop, double per_turn, int threads, double seconds) {
     });
 }
 
-constexpr int CHAINS = 12;  // accumulators of a loop, so what one turn does is
-constexpr double turn_of_fma(int lanes) { return 2.0 * CHAINS * lanes; }
+// Operations in one turn of a loop of so many accumulators.
+constexpr double turn_of_fma(int lanes, int chains = 12) { return 2.0 * chains * lanes; }
 
 // What the compiler makes of plain vectors. Chains begin differently, or they would be one, and x * y + z
 // cannot be taken out of the loop as x + y * z would be.
@@ -230,6 +231,33 @@ bool has_amx() {
 #endif
 }
 
+#elif defined(__aarch64__)
+
+// Twenty-four chains of multiply-adds: register 0...23 takes in register 24 times register 25.
+#define LOOP_OF_FMLA(name, lanes)                                                       \
+    void name(long turns) {                                                             \
+        asm volatile(                                                                   \
+            ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n"    \
+            "fmov v\\r\\()." lanes ", #0.5\n"                                           \
+            ".endr\n"                                                                   \
+            "fmov v24." lanes ", #0.4375\n"                                             \
+            "fmov v25." lanes ", #0.1328125\n"                                          \
+            "1:\n"                                                                      \
+            ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n"    \
+            "fmla v\\r\\()." lanes ", v24." lanes ", v25." lanes "\n"                   \
+            ".endr\n"                                                                   \
+            "subs %[turns], %[turns], #1\n"                                             \
+            "b.ne 1b\n"                                                                 \
+            : [turns] "+r"(turns)                                                       \
+            :                                                                           \
+            : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10",  \
+              "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20",     \
+              "v21", "v22", "v23", "v24", "v25");                                       \
+    }
+
+LOOP_OF_FMLA(f32_neon, "4s")
+LOOP_OF_FMLA(f64_neon, "2d")
+
 #endif
 
 Reader reader() {
@@ -247,7 +275,11 @@ double f32_peak(int threads, double seconds) {
     if (has_avx512()) return best_of_loop(f32_zmm, turn_of_fma(16), threads, seconds);
     if (has_avx2()) return best_of_loop(f32_ymm, turn_of_fma(8), threads, seconds);
 #endif
+#if defined(__aarch64__)
+    return best_of_loop(f32_neon, turn_of_fma(4, 24), threads, seconds);
+#else
     return best_of_loop(fma_portable<float>, turn_of_fma(4), threads, seconds);
+#endif
 }
 
 double f64_peak(int threads, double seconds) {
@@ -255,7 +287,11 @@ double f64_peak(int threads, double seconds) {
     if (has_avx512()) return best_of_loop(f64_zmm, turn_of_fma(8), threads, seconds);
     if (has_avx2()) return best_of_loop(f64_ymm, turn_of_fma(4), threads, seconds);
 #endif
+#if defined(__aarch64__)
+    return best_of_loop(f64_neon, turn_of_fma(2, 24), threads, seconds);
+#else
     return best_of_loop(fma_portable<double>, turn_of_fma(2), threads, seconds);
+#endif
 }
 
 double bf16_dot_peak(int threads, double seconds) {
@@ -280,8 +316,7 @@ double read_peak(int threads, double seconds, std::size_t bytes) {
     const std::size_t part = std::max<std::size_t>(bytes / static_cast<std::size_t>(threads) / ROW, 1) * ROW;
     const std::unique_ptr<char[]> buffer(new char[part * static_cast<std::size_t>(threads)]);
     const auto own = [&](int number) { return buffer.get() + part * static_cast<std::size_t>(number); };
-    // Each thread writes its part first: pages that never were written are all one and the same page of
-    // zeros.
+    // Each thread writes its part first: pages that were never written are all one and the same page.
     Team::run(threads, [&](int number) { std::fill_n(own(number), part, char(number + 1)); });
     return best(threads, seconds, [&](int number) {
         read(own(number), own(number) + part);

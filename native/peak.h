@@ -1,5 +1,4 @@
-// How fast this machine is at best: the roofs that a benchmark's shares refer to, measured and never looked
-// up.
+// How fast this machine is at best: the roofs that a benchmark's shares refer to. Measured, never looked up.
 #pragma once
 
 #include <cstddef>

@@ -330,17 +330,19 @@ class Sweep {
 
 Settings plan(const Problem& p, const Kernels& k, int threads) {
     Settings s{};
-    const int64_t group = p.heads / p.kv_heads, rows = std::max<int64_t>(1, p.q_len * group);
-    s.tile_rows = std::min<int64_t>(up(rows, k.lanes), k.most_rows);
+    const int64_t rows = std::max<int64_t>(1, p.q_len * (p.heads / p.kv_heads));
+    const int64_t units = p.layout == VARLEN ? p.kv_heads : p.batch * p.kv_heads;
+    const int64_t tiles = units * ceil_div(rows, k.tile_rows);
+    // Tiles of a piece share each block of keys while it is near, but pieces must be many enough for everyone to be busy
+    // to the end: about eight each.
+    const int64_t together = std::clamp<int64_t>(tiles / (8 * threads), 1, k.most_rows / k.tile_rows);
+    s.tile_rows = std::min(up(rows, k.lanes), together * k.tile_rows);
     s.block_k = k.block_k;
-    const int64_t units = p.batch * p.kv_heads;
-    const int64_t tiles = (p.layout == VARLEN ? p.kv_heads : units) * ceil_div(rows, s.tile_rows);
-    const int64_t segments = ceil_div(p.kv_len, SEGMENT);
-    // Enough pieces for everyone to be busy to the end; a piece of its own per segment costs a state and a merge.
-    const bool split = p.layout != VARLEN && segments > 1 && threads > 1 && tiles < 4 * threads;
+    const int64_t pieces = units * ceil_div(rows, s.tile_rows), segments = ceil_div(p.kv_len, SEGMENT);
+    // A piece of its own per segment costs a state and a merge.
+    const bool split = p.layout != VARLEN && segments > 1 && threads > 1 && pieces < 4 * threads;
     s.splits = split ? segments : 1;
-    const int64_t pieces = p.layout == VARLEN ? tiles + p.batch : tiles * s.splits;
-    s.workers = std::max<int64_t>(1, std::min<int64_t>(threads, pieces));
+    s.workers = std::clamp<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, 1, threads);
     return s;
 }
 

@@ -5,4 +5,5 @@
 #include "../pack.inl"
 #include "../scores.inl"
 #include "../fold.inl"
+#include "../row.inl"
 #include "../kernels.inl"

@@ -1,0 +1,415 @@
+// Sweep one for few query rows: decoding. Arithmetic is scarce there and memory is not, so keys and values are read once, in
+// the order in which they lie, and serve all the rows (the heads that share them).
+//
+// Scores: lanes are keys, so W rows of keys are transposed in registers; per key of 128 floats that is 32 shuffles and 8
+// multiply-adds per query row. Values: lanes are dimensions. Each element is summed in the very order of fold.inl, so a row
+// has the same bits here and there: decoding reproduces prefill. Tried: dot products along the dimensions, which need no
+// shuffles but sum in another order.
+
+namespace tilefold {
+namespace {
+
+template <class E, class T>
+__attribute__((noinline)) Vec<E> gathered(const T* p, int64_t col, int64_t n) {
+    Vec<E> x{};
+    for (int64_t i = 0; i < least(n, LANES<E>); i++) x[i] = one(p[i * col]);
+    return x;
+}
+// `n` elements of storage from `p`, `col` apart, as a vector; the others are 0.
+template <class E, class T>
+TILEFOLD_INLINE Vec<E> some(const T* p, int64_t col, int64_t n) {
+    return __builtin_expect(n >= LANES<E> && col == 1, 1) ? widen(p) : gathered<E>(p, col, n);
+}
+
+#ifdef TILEFOLD_HAS_DOT2
+__attribute__((noinline)) U32 gathered_pairs(const BFloat* p, int64_t col, int64_t n) {
+    U32 x{};
+    for (int64_t i = 0; i < least(n, 2 * LANES<float>); i++) x[i / 2] |= uint32_t(p[i * col].bits) << (i % 2 * 16);
+    return x;
+}
+// The same for pairs of bf16 dims: n of them, two to a lane.
+TILEFOLD_INLINE U32 some_pairs(const BFloat* p, int64_t col, int64_t n) {
+    if (__builtin_expect(n >= 2 * LANES<float> && col == 1, 1)) return load(reinterpret_cast<const uint32_t*>(p));
+    return gathered_pairs(p, col, n);
+}
+#endif
+
+constexpr int FEW_ROWS = 8;
+
+template <class K, class T, int R>
+struct Rows {
+    using E = typename K::E;
+    using A = typename K::A;
+    using M = Mask<E>;
+    static constexpr int W = LANES<E>, PAIR = K::PAIR;
+
+    const Call& c;
+    const Unit& u;
+    Worker& w;
+    const int64_t r0, rows, depth, keys_most, width;  // width: value dims in whole vectors
+    A* queries;                                       // [R][depth]
+    E* scores;                                        // [R][keys of a block]
+    A* weights;                                       // the same, in pairs where K reads pairs
+    E *part, *total;                                  // [R][width]
+    E max_part[R], sum_part[R], max_total[R], sum_total[R];
+    Sight<R> sight;
+    bool first, hidden, empty;
+
+    Rows(const Call& c_, const Unit& u_, Worker& w_, int64_t r0_, int64_t rows_, Arena& a)
+        : c(c_),
+          u(u_),
+          w(w_),
+          r0(r0_),
+          rows(rows_),
+          depth(up(c.dim, PAIR * W) / PAIR),
+          keys_most(up(c.block_k, 2 * W)),
+          width(up(c.v_dim, W)) {
+        queries = a.template take<A>(R * depth);
+        scores = a.template take<E>(R * keys_most);
+        weights = a.template take<A>(R * keys_most);
+        part = a.template take<E>(R * width);
+        total = a.template take<E>(R * width);
+    }
+
+    int64_t row_of(int r) const { return r0 + least(r, rows - 1); }
+
+    void begin() {
+        sight.look(c, u, r0, rows);
+        const T* q = static_cast<const T*>(u.q);
+        for (int r = 0; r < R; r++) {
+            const T* from = q + row_at(c.q, c.group, row_of(r));
+            for (int64_t d = 0; d < depth; d++) {
+                if constexpr (PAIR == 1)
+                    queries[r * depth + d] = d < c.dim ? E(one(from[d * c.q.col])) : E(0);
+                else
+                    queries[r * depth + d] = (2 * d < c.dim ? uint32_t(from[2 * d * c.q.col].bits) : 0u) |
+                                             (2 * d + 1 < c.dim ? uint32_t(from[(2 * d + 1) * c.q.col].bits) << 16 : 0u);
+            }
+        }
+        empty = !u.sinks;
+        if (!empty) begin_total();
+    }
+
+    void begin_total() {
+        for (int r = 0; r < R; r++) {
+            max_total[r] = u.sinks ? E(u.sinks[row_of(r) % c.group]) : -INFINITE<E>;
+            sum_total[r] = max_total[r] > -INFINITE<E> ? E(1) : E(0);
+        }
+        memset(total, 0, size_t(R * width) * sizeof(E));
+    }
+
+    // ---- the steps of a block ----
+
+    // Scaled products of the rows with W keys from j on, of which `n` exist.
+    TILEFOLD_INLINE void products(int64_t j, int64_t n, Vec<E> (&acc)[R]) const {
+        const T* from = static_cast<const T*>(u.k) + j * c.k.row;
+        each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = Vec<E>{}; });
+        int64_t at = 0;
+        const A* q = queries;
+        for (; at + W <= c.dim / PAIR; at += W) step<W>(from, n, at, q, acc);
+        const int64_t left = (c.dim + PAIR - 1) / PAIR - at;
+        if (left) {
+            Vec<E> x[W];
+            columns(from, n, at, x);
+            for (int64_t d = 0; d < left; d++) {
+                const Vec<E> k = x[d];
+                each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = times(acc[r], q[r * depth + at + d], k); });
+            }
+        }
+        const Vec<E> scale = set<E>(E(c.scale));
+        each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = acc[r] * scale; });
+    }
+    template <int D>
+    TILEFOLD_INLINE void step(const T* from, int64_t n, int64_t at, const A* q, Vec<E> (&acc)[R]) const {
+        Vec<E> x[W];
+        columns(from, n, at, x);
+        each<D>([&](auto d) TILEFOLD_LAMBDA {
+            each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = times(acc[r], q[r * depth + at + d], x[d]); });
+        });
+    }
+    // x[d]: dim (or pair of dims) at + d of W keys.
+    TILEFOLD_INLINE void columns(const T* from, int64_t n, int64_t at, Vec<E> (&x)[W]) const {
+        each<W>([&](auto key) TILEFOLD_LAMBDA {
+            const T* p = from + least(key, n - 1) * c.k.row + PAIR * at * c.k.col;
+            if constexpr (PAIR == 1)
+                x[key] = some<E>(p, c.k.col, c.dim - at);
+#ifdef TILEFOLD_HAS_DOT2
+            else
+                x[key] = bits_as<Vec<E>>(some_pairs(p, c.k.col, c.dim - 2 * at));
+#endif
+        });
+        transpose<E>(x);
+    }
+    static TILEFOLD_INLINE Vec<E> times(Vec<E> acc, A q, Vec<E> k) {
+        return K::step(acc, q, bits_as<Vec<A>>(k));
+    }
+
+    // Scores of keys j0 … j1 into scores[r][j − j0], whole vectors with −inf at the end; raises `top`.
+    void score(int64_t j0, int64_t j1, Kind kind, E (&top)[R]) {
+        const bool plain = c.softcap == NO_SOFTCAP && !u.bias && !u.alibi && !sight.holes;
+        Vec<E> highest[R];
+        each<R>([&](auto r) TILEFOLD_LAMBDA { highest[r] = set<E>(-INFINITE<E>); });
+        const M at = __builtin_convertvector(iota<E>(), M);
+        for (int64_t j = j0; j < j1; j += W) {
+            const int64_t n = least(W, j1 - j);
+            Vec<E> acc[R];
+            products(j, n, acc);
+            each<R>([&](auto r) TILEFOLD_LAMBDA {
+                Vec<E> x = acc[r];
+                if (!plain) x = transformed(x, r, j, n);
+                if (kind == Kind::EDGE || n < W)
+                    x = select<E>(visible(r, j, at) & (at < typename Float<E>::Integer(n)), x, set<E>(-INFINITE<E>));
+                highest[r] = max(x, highest[r]);
+                store(scores + r * keys_most + (j - j0), x);
+            });
+        }
+        each<R>([&](auto r) TILEFOLD_LAMBDA {
+            for (int k = 0; k < W; k++) top[r] = highest[r][k] > top[r] ? E(highest[r][k]) : top[r];
+        });
+    }
+
+    __attribute__((noinline)) M visible(int r, int64_t j, M at) const {
+        using I = typename Float<E>::Integer;
+        if (!u.lo) return (at >= I(within(sight.lo[r] - j, 0, W))) & (at < I(within(sight.hi[r] - j, 0, W)));
+        M seen{};
+        for (int64_t n = 0; n < c.spans; n++) {
+            int64_t lo, hi;
+            Sight<R>::span(row_of(r) / c.group, n, c, u, lo, hi);
+            seen |= (at >= I(within(lo - j, 0, W))) & (at < I(within(hi - j, 0, W)));
+        }
+        return seen;
+    }
+
+    // softcap → bias and ALiBi → single hidden cells, for row r and keys from j on.
+    __attribute__((noinline)) Vec<E> transformed(Vec<E> x, int r, int64_t j, int64_t n) const {
+        const int64_t row = row_of(r), i = row / c.group, g = row % c.group;
+        const Vec<E> none = set<E>(-INFINITE<E>);
+        if (c.softcap != NO_SOFTCAP) x = set<E>(E(c.softcap)) * tanh<E>(x * set<E>(E(1 / c.softcap)));
+        M hide{};
+        if (u.bias) {
+            const int64_t from = g * c.bias.head + i * c.bias.row + j * c.bias.col;
+            Vec<E> bias{};
+            for (int k = 0; k < n; k++) bias[k] = number<E>(u.bias, c.bias_type, from + k * c.bias.col);
+            hide = bias == none;
+            x += bias;
+        }
+        if (u.alibi) {
+            // The same differences as in a tile, whose first key they are counted from there: small integers, exact.
+            const Vec<E> far = set<E>(E(i + u.band.offset - j)) - iota<E>();
+            x -= set<E>(E(u.alibi[g])) * max(far, -far);
+        }
+        x = select<E>(x == x, x, set<E>(E(__builtin_nan(""))));
+        for (int k = 0; k < n && (u.bits || u.cells); k++) {
+            const int64_t bit = j + k - c.bits_start;
+            const bool shown = (!u.bits || (u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) &&
+                               (!u.cells || u.cells[g * c.cells.head + i * c.cells.row + (j + k) * c.cells.col]);
+            if (!shown) hide[k] = -1;
+        }
+        return select<E>(hide, none, x);
+    }
+
+    void weigh(int64_t keys, const E (&shift)[R], E (&sum)[R]) {
+        const int64_t whole = up(keys, W);
+        for (int r = 0; r < R; r++) {
+            E* s = scores + r * keys_most;
+            for (int64_t k = 0; k < whole; k += W) store(s + k, exp<E>(load(s + k) - set<E>(shift[r])));
+        }
+        for (int r = 0; r < R; r++) sum[r] = 0;
+        for (int64_t k = 0; k < keys; k++)
+            for (int r = 0; r < R; r++) sum[r] += scores[r * keys_most + k];
+        for (int r = 0; r < R; r++) {
+            const E* s = scores + r * keys_most;
+            A* p = weights + r * keys_most;
+            if constexpr (PAIR == 1)
+                memcpy(p, s, size_t(keys) * sizeof(E));
+            else
+                for (int64_t k = 0; k < keys; k += 2)
+                    p[k / 2] = (bits_as<uint32_t>(s[k]) + 0x8000u) >> 16 |
+                               (k + 1 < keys ? (bits_as<uint32_t>(s[k + 1]) + 0x8000u) & 0xffff0000u : 0u);
+        }
+    }
+
+    // Accumulators of this block over keys j0 … j1, then joined to those of the segment.
+    template <bool CAREFUL>
+    void accumulate(int64_t j0, int64_t j1, const E (&keep)[R]) {
+        constexpr int MOST = R >= 8 ? 3 : R >= 4 ? 4 : 8;  // vectors of dims at once
+        int64_t d = 0;
+        for (; d + MOST * W <= width; d += MOST * W) dims<MOST, CAREFUL>(d, j0, j1, keep);
+        for (; d < width; d += W) dims<1, CAREFUL>(d, j0, j1, keep);
+    }
+    template <int C, bool CAREFUL>
+    __attribute__((noinline)) void dims(int64_t d, int64_t j0, int64_t j1, const E (&keep)[R]) {
+        const T* v = static_cast<const T*>(u.v) + j0 * c.v.row + d * c.v.col;
+        const A* p = weights;
+        Vec<E> acc[R][C];
+        each<R>([&](auto r) TILEFOLD_LAMBDA { each<C>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = Vec<E>{}; }); });
+        const bool whole = c.v.col == 1 && d + C * W <= c.v_dim;
+        for (int64_t k = 0; k < j1 - j0; k += PAIR, v += PAIR * c.v.row, p++) {
+            Vec<A> x[C];
+            each<C>([&](auto i) TILEFOLD_LAMBDA { x[i] = values<CAREFUL>(v, i * W, whole, d, j1 - j0 - k); });
+            each<R>([&](auto r) TILEFOLD_LAMBDA {
+                const A weight = p[r * keys_most];
+                each<C>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = K::step(acc[r][i], weight, x[i]); });
+            });
+        }
+        each<R>([&](auto r) TILEFOLD_LAMBDA {
+            each<C>([&](auto i) TILEFOLD_LAMBDA {
+                E* o = part + r * width + d + i * W;
+                store(o, first ? acc[r][i] : fma(load(o), set<E>(keep[r]), acc[r][i]));
+            });
+        });
+    }
+    // W values of one key from dim d + `more` on, or pairs of two keys'; carefully: what is not finite counts as 0.
+    template <bool CAREFUL>
+    TILEFOLD_INLINE Vec<A> values(const T* v, int64_t more, bool whole, int64_t d, int64_t keys) const {
+        const auto one_key = [&](const T* from) TILEFOLD_LAMBDA {
+            Vec<E> x;
+            if (whole)
+                x = widen(from + more);
+            else
+                x = some<E>(from + more * c.v.col, c.v.col, c.v_dim - d - more);
+            if constexpr (CAREFUL) x = select<E>(x - x == 0, x, Vec<E>{});
+            return x;
+        };
+        if constexpr (PAIR == 1) {
+            return one_key(v);
+        } else {
+            const U32 even = bits_as<U32>(one_key(v)) >> 16;
+            return keys > 1 ? even | bits_as<U32>(one_key(v + c.v.row)) : even;
+        }
+    }
+
+    // Adds the values that are not finite to the rows that see them.
+    void add_infinite(int64_t j0, int64_t j1, const uint8_t* seen) {
+        for (int64_t k = 0; k < j1 - j0; k++) {
+            const T* v = static_cast<const T*>(u.v) + (j0 + k) * c.v.row;
+            for (int64_t d = 0; d < c.v_dim; d++) {
+                const E x = one(v[d * c.v.col]);
+                if (x - x == 0) continue;
+                for (int r = 0; r < R; r++)
+                    if (seen[r * keys_most + k]) part[r * width + d] += x * scores[r * keys_most + k];
+            }
+        }
+    }
+
+    // ---- segments ----
+
+    void begin_segment() {
+        for (int r = 0; r < R; r++) max_part[r] = -INFINITE<E>, sum_part[r] = 0;
+        first = true, hidden = false;
+    }
+
+    template <bool CAREFUL>
+    void fold_block(int64_t k0, int64_t s0, int64_t s1) {
+        const int64_t j0 = most(k0, most(s0, sight.first) / PAIR * PAIR);
+        const int64_t j1 = least(k0 + c.block_k, least(s1, sight.last));
+        if (j0 >= j1) return;
+        const Kind kind = sight.kind(c, u, r0, rows, j0, j1);
+        if (kind == Kind::EMPTY) return;
+        hidden |= kind == Kind::EDGE || u.bias;
+        E top[R], shift[R], keep[R], added[R];
+        for (int r = 0; r < R; r++) top[r] = max_part[r];
+        score(j0, j1, kind, top);
+        uint8_t seen[CAREFUL ? R * SEGMENT : 1];  // a block is at most a segment
+        if constexpr (CAREFUL)
+            for (int r = 0; r < R; r++)
+                for (int64_t k = 0; k < j1 - j0; k++)
+                    seen[r * keys_most + k] = scores[r * keys_most + k] != -INFINITE<E>;
+        for (int r = 0; r < R; r++) {
+            shift[r] = top[r] == -INFINITE<E> ? E(0) : top[r];
+            keep[r] = exp<E>(set<E>(max_part[r]) - set<E>(shift[r]))[0];
+            max_part[r] = top[r];
+        }
+        weigh(j1 - j0, shift, added);
+        for (int r = 0; r < R; r++) sum_part[r] = fma(set<E>(sum_part[r]), set<E>(keep[r]), set<E>(added[r]))[0];
+        accumulate<CAREFUL>(j0, j1, keep);
+        if constexpr (CAREFUL) add_infinite(j0, j1, seen);
+        first = false;
+    }
+
+    void fold_segment(int64_t s0, int64_t s1) {
+        begin_segment();
+        const int64_t begin = most(s0, sight.first) / c.block_k * c.block_k, end = least(s1, sight.last);
+        for (int64_t k0 = begin; k0 < end; k0 += c.block_k) fold_block<false>(k0, s0, s1);
+        if (first || !hidden || all_finite()) return;
+        begin_segment();
+        for (int64_t k0 = begin; k0 < end; k0 += c.block_k) fold_block<true>(k0, s0, s1);
+    }
+
+    bool all_finite() const {
+        Vec<E> odd{};
+        for (const E *o = part, *end = part + R * width; o < end; o += W) odd += load(o) - load(o);
+        return !any(odd != Vec<E>{});
+    }
+
+    void merge() {
+        if (first) return;
+        if (empty) {
+            E* const t = part;
+            part = total, total = t;
+            for (int r = 0; r < R; r++) max_total[r] = max_part[r], sum_total[r] = sum_part[r];
+            empty = false;
+            return;
+        }
+        for (int r = 0; r < R; r++) {
+            const E old = max_total[r], m = old > max_part[r] ? old : max_part[r];
+            const Vec<E> shift = set<E>(m == -INFINITE<E> ? E(0) : m);
+            const Vec<E> keep = exp<E>(set<E>(old) - shift), gain = exp<E>(set<E>(max_part[r]) - shift);
+            max_total[r] = m;
+            sum_total[r] = fma(set<E>(sum_part[r]), gain, set<E>(sum_total[r]) * keep)[0];
+            for (int64_t d = r * width; d < (r + 1) * width; d += W)
+                store(total + d, fma(load(part + d), gain, load(total + d) * keep));
+        }
+    }
+
+    void run(const Piece& p) {
+        begin();
+        if (p.segment >= 0) {
+            fold_segment(p.segment * SEGMENT, (p.segment + 1) * SEGMENT);
+            const int64_t pitch = state_elements(c.v_dim);
+            E* state = static_cast<E*>(p.state);
+            for (int r = 0; r < rows; r++, state += pitch) {
+                memset(state, 0, size_t(pitch) * sizeof(E));
+                state[0] = max_part[r], state[1] = sum_part[r];
+                if (!first) memcpy(state + 16, part + r * width, size_t(c.v_dim) * sizeof(E));
+            }
+            return;
+        }
+        for (int64_t s = sight.first / SEGMENT * SEGMENT; s < sight.last; s += SEGMENT) {
+            if (w.stop(w.context)) return;
+            fold_segment(s, s + SEGMENT);
+            merge();
+        }
+        if (empty) begin_total();
+        for (int r = 0; r < rows; r++)
+            finish_row<E, T>(c, u, r0 + r, max_total[r], sum_total[r], total + r * width);
+    }
+};
+
+template <class K, class T>
+void fold_row(const Call& c, const Unit& u, const Piece& p, Worker& w) {
+    Arena a{w.scratch};
+    const int64_t rows = p.r1 - p.r0;
+    if (rows <= 1)
+        Rows<K, T, 1>(c, u, w, p.r0, rows, a).run(p);
+    else if (rows <= 2)
+        Rows<K, T, 2>(c, u, w, p.r0, rows, a).run(p);
+    else if (rows <= 4)
+        Rows<K, T, 4>(c, u, w, p.r0, rows, a).run(p);
+    else
+        Rows<K, T, FEW_ROWS>(c, u, w, p.r0, rows, a).run(p);
+}
+
+// Bytes that either kernel may take for so many rows.
+template <class K, class T>
+int64_t scratch_of(const Call& c, int64_t rows) {
+    Worker w{};
+    Unit u{};
+    Arena tiles{nullptr}, few{nullptr};
+    Tiles<K, T>(c, u, w, rows, tiles);
+    if (rows <= FEW_ROWS) Rows<K, T, FEW_ROWS>(c, u, w, 0, rows, few);
+    return most(tiles.bytes, few.bytes);
+}
+
+}  // namespace
+}  // namespace tilefold
