@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -28,6 +32,7 @@ enum Bit : unsigned {
     AVX512BF16 = 1 << 7,
     NEON = 1 << 8,
     BF16 = 1 << 9,
+    AMX = 1 << 10,
 };
 
 constexpr unsigned NEEDS_AVX2 = AVX2 | FMA | F16C;
@@ -35,6 +40,7 @@ constexpr unsigned NEEDS_AVX512 = NEEDS_AVX2 | AVX512F | AVX512BW | AVX512DQ | A
 
 constexpr Machine machines[] = {
 #if defined(__x86_64__)
+    {"avx512_amx", NEEDS_AVX512 | AVX512BF16 | AMX, avx512_amx::kernels},
     {"avx512_bf16", NEEDS_AVX512 | AVX512BF16, avx512_bf16::kernels},
     {"avx512", NEEDS_AVX512, avx512::kernels},
     {"avx2", NEEDS_AVX2, avx2::kernels},
@@ -49,6 +55,21 @@ constexpr Machine machines[] = {
 bool has_f16c() {
     unsigned eax, ebx, ecx, edx;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+// Tiles of bf16, in the processor and granted by the operating system, which keeps their 8 KiB out of a thread's state
+// until a process asks.
+bool has_amx() {
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned amx_bf16 = 1 << 22, amx_tile = 1 << 24;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if ((edx & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile)) return false;
+#if defined(__linux__)
+    constexpr long arch_req_xcomp_perm = 0x1023, xtiledata = 18;
+    return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xtiledata) == 0;
+#else
+    return false;
+#endif
 }
 
 #elif defined(__aarch64__)
@@ -90,6 +111,7 @@ std::span<const Feature> features() {
         {"avx512dq", AVX512DQ, __builtin_cpu_supports("avx512dq") != 0},
         {"avx512vl", AVX512VL, __builtin_cpu_supports("avx512vl") != 0},
         {"avx512bf16", AVX512BF16, __builtin_cpu_supports("avx512bf16") != 0},
+        {"amx", AMX, has_amx()},
     };
     return table;
 #elif defined(__aarch64__)

@@ -41,10 +41,8 @@ template <class K, class T>
 struct Packing {
     static constexpr bool always_values = !__is_same(T, typename K::A);  // values are packed
     static constexpr bool always_keys = always_values && K::PAIR == 1;
-    static constexpr int multiple = K::PAIR == 1 ? 1 : 2;
+    static constexpr int multiple = K::PAIR * K::DEPTH;
 };
-
-constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // What a finished row's accumulator is multiplied by; stores its log-sum-exp.
 template <class E>
@@ -76,9 +74,9 @@ struct Desk {
     int64_t packed = -1;  // the block in own_keys and own_values
 
     Desk(const Call& c_, const Unit& u_, Worker& w_, Arena& a)
-        : c(c_), u(u_), w(w_), depth(up(c.dim, P::multiple) / K::PAIR), pitch(up(c.block_k, 2) / K::PAIR) {
+        : c(c_), u(u_), w(w_), depth(up(c.dim, P::multiple) / K::PAIR), pitch(up(c.block_k, K::KEYS) / K::PAIR) {
         const bool keys = P::always_keys || c.pack_keys;
-        scores = a.template take<E>(up(c.block_k, 2) * N);
+        scores = a.template take<E>(up(c.block_k, K::KEYS) * N);
         own_keys = a.template take<char>(keys ? c.block_k * depth * int64_t(sizeof(A)) : 0);
         own_values = a.template take<char>(P::always_values ? pitch * c.v_dim * int64_t(sizeof(A)) : 0);
         clean = a.template take<A>(pitch * c.v_dim);
@@ -240,10 +238,10 @@ struct Tile {
                     store(s + i * W, p);
                 });
         } else {
-            if (keys & 1)
-                each<NR>([&](auto i) TILEFOLD_LAMBDA { store(scores + keys * N + i * W, set<E>(-INFINITE<E>)); });
+            const int64_t whole = up(keys, K::KEYS);
+            for (E *s = scores + keys * N, *end = scores + whole * N; s < end; s += W) store(s, set<E>(-INFINITE<E>));
             E* to = scores;
-            for (E *s = scores, *end = scores + keys * N; s < end; s += 2 * N, to += N)
+            for (E *s = scores, *end = scores + whole * N; s < end; s += 2 * N, to += N)
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
                     const Vec<E> p = exp<E>(load(s + i * W) - less[i]);
                     const Vec<E> q = exp<E>(load(s + N + i * W) - less[i]);
@@ -258,7 +256,7 @@ struct Tile {
 
     // Oᵀ of the segment: times `keep`, plus Vᵀ·P of this block.
     void accumulate(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
-        const int64_t steps = (keys + K::PAIR - 1) / K::PAIR;
+        const int64_t steps = up(keys, K::KEYS) / K::PAIR;
         const A* p = reinterpret_cast<const A*>(desk.scores);
         E* const to = part;  // vectors may alias anything, so what a strip needs is copied to where they cannot reach
         const bool fresh = first;
@@ -288,7 +286,7 @@ struct Tile {
 
     // The product with non-finite values taken as 0, then each of them added to the lanes that see it.
     void accumulate_carefully(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
-        const int64_t steps = (keys + K::PAIR - 1) / K::PAIR;
+        const int64_t steps = up(keys, K::KEYS) / K::PAIR;
         for (int64_t d = 0; d < desk.c.v_dim; d++)
             for (int64_t k = 0; k < steps; k++) {
                 A a = values.at[d * values.row + k * values.step];
@@ -337,13 +335,13 @@ struct Tile {
     void fold_block(Desk<K, T>& desk, int64_t k0, int64_t s0, int64_t s1) {
         const Call& c = desk.c;
         const Unit& u = desk.u;
-        const int64_t j0 = most(k0, most(s0, sight.first) / K::PAIR * K::PAIR);
+        const int64_t j0 = most(k0, most(s0, sight.first) / K::KEYS * K::KEYS);
         const int64_t j1 = least(k0 + c.block_k, least(s1, sight.last));
         if (j0 >= j1) return;
         const Kind kind = sight.kind(c, u, r0, rows, j0, j1);
         if (kind == Kind::EMPTY) return;
-        // A key beyond an odd end is read as its neighbour's partner.
-        hidden |= kind == Kind::EDGE || u.bias || (K::PAIR == 2 && j1 % 2 && j1 < u.kv_len);
+        // Keys beyond an end that is no multiple are read too, with weight 0.
+        hidden |= kind == Kind::EDGE || u.bias || (j1 % K::KEYS && j1 < u.kv_len);
         const Block<K> b = desk.block(k0, least(k0 + c.block_k, u.kv_len));
         Vec<E> top[NR], shift[NR], keep[NR], added[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = load(max_part + i * W); });
@@ -536,6 +534,13 @@ void finish_row(const Call& c, const Unit& u, int64_t r, E m, E d, const E* acc)
 template <class K, class T>
 void fold_tiles(const Call& c, const Unit& u, const Piece& p, Worker& w) {
     Arena a{w.scratch};
+#ifdef TILEFOLD_HAS_TILES
+    if constexpr (K::IN_TILES) {
+        const TileRegisters ours;
+        Tiles<K, T>(c, u, w, p.r1 - p.r0, a).run(p);
+        return;
+    }
+#endif
     Tiles<K, T>(c, u, w, p.r1 - p.r0, a).run(p);
 }
 

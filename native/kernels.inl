@@ -18,13 +18,17 @@ constexpr Kernels kernels_of() {
     k.multiple = P::multiple;
     k.scratch = scratch_of<K, T>;
     k.tile = fold_tiles<K, T>;
-    k.few_rows = FEW_ROWS;
-    k.row = fold_row<K, T>;
+    if constexpr (!K::IN_TILES) {  // which have speed to spare, and sum in an order that no vector does
+        k.few_rows = FEW_ROWS;
+        k.row = fold_row<K, T>;
+    }
     k.join = join_states<E, T>;
     return k;
 }
 
-#ifdef TILEFOLD_HAS_DOT2
+#if defined(TILEFOLD_HAS_TILES)
+using BFloatKernel = Amx;
+#elif defined(TILEFOLD_HAS_DOT2)
 using BFloatKernel = Dot;
 #else
 using BFloatKernel = Single;

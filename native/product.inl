@@ -9,24 +9,30 @@
 namespace tilefold {
 namespace {
 
-// How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or dims per A.
+constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or dims per A. It
+// takes keys in multiples of KEYS, and depth in multiples of DEPTH.
 struct Single {
     using E = float;
     using A = float;
-    static constexpr int PAIR = 1;
+    static constexpr int PAIR = 1, KEYS = 1, DEPTH = 1;
+    static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F32 step(F32 acc, A a, F32 b) { return fma(set<float>(a), b, acc); }
 };
 struct Double {
     using E = double;
     using A = double;
-    static constexpr int PAIR = 1;
+    static constexpr int PAIR = 1, KEYS = 1, DEPTH = 1;
+    static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F64 step(F64 acc, A a, F64 b) { return fma(set<double>(a), b, acc); }
 };
 #ifdef TILEFOLD_HAS_DOT2
 struct Dot {
     using E = float;
     using A = uint32_t;
-    static constexpr int PAIR = 2;
+    static constexpr int PAIR = 2, KEYS = 2, DEPTH = 1;
+    static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F32 step(F32 acc, A a, U32 b) { return dot2(acc, set<uint32_t>(a), b); }
 };
 #endif
@@ -65,6 +71,7 @@ TILEFOLD_INLINE void strip(Vec<typename K::E> (&acc)[MR][NR], Source<typename K:
 // Rows r0 … r1 of A · B, handed to `take(r, acc)` strip by strip; rows counted from where `a` stands. Every element of
 // C is one chain of additions in ascending depth, however many rows a strip has.
 template <class K, int NR, class Take>
+    requires(!K::IN_TILES)
 TILEFOLD_INLINE void product(Source<typename K::A> a, const typename K::A* b, int64_t depth, int64_t r0,
                              int64_t r1, Take&& take) {
     int64_t r = r0;

@@ -407,7 +407,8 @@ int64_t scratch_of(const Call& c, int64_t rows) {
     Unit u{};
     Arena tiles{nullptr}, few{nullptr};
     Tiles<K, T>(c, u, w, rows, tiles);
-    if (rows <= FEW_ROWS) Rows<K, T, FEW_ROWS>(c, u, w, 0, rows, few);
+    if constexpr (!K::IN_TILES)
+        if (rows <= FEW_ROWS) Rows<K, T, FEW_ROWS>(c, u, w, 0, rows, few);
     return most(tiles.bytes, few.bytes);
 }
 

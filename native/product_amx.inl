@@ -1,0 +1,115 @@
+// The microkernel's override where the machine multiplies tiles in silicon: 32 rows of C by up to 48 lanes in six tile
+// registers, one more for A and one for B. Per step of 32 dims: 2 loads of A, 6 of B (8 cycles each from the first
+// cache) and 6 products of 16 cycles, so the unit is busy; C takes a detour through memory to become vectors.
+
+namespace tilefold {
+namespace {
+
+struct Amx {
+    using E = float;
+    using A = uint32_t;
+    static constexpr int PAIR = 2, KEYS = 32, DEPTH = 16;
+    static constexpr bool IN_TILES = true;
+};
+
+// GCC's tile loads do not tell it that they read memory: what was stored must be stored by then.
+TILEFOLD_INLINE void settle_memory() { __asm__ volatile("" ::: "memory"); }
+
+// All tile registers as 16 rows of 64 bytes, for as long as this lives.
+struct TileRegisters {
+    TileRegisters() {
+        alignas(64) uint8_t config[64] = {1};
+        for (int t = 0; t < 8; t++) {
+            config[16 + 2 * t] = 64;
+            config[48 + t] = 16;
+        }
+        __asm__ volatile("" ::"r"(config) : "memory");
+        _tile_loadconfig(config);
+    }
+    ~TileRegisters() { _tile_release(); }
+};
+
+// Tile registers are named by literals, so a step of depth is written out for each width.
+#define TILEFOLD_ROW(c0, c1, c2)                                     \
+    _tile_loadd(7, b, NR * 64);                                      \
+    _tile_dpbf16ps(c0, 6, 7);                                        \
+    if constexpr (NR > 1) {                                          \
+        _tile_loadd(7, b + 16, NR * 64);                             \
+        _tile_dpbf16ps(c1, 6, 7);                                    \
+    }                                                                \
+    if constexpr (NR > 2) {                                          \
+        _tile_loadd(7, b + 32, NR * 64);                             \
+        _tile_dpbf16ps(c2, 6, 7);                                    \
+    }
+#define TILEFOLD_STORE(c, row, lane) _tile_stored(c, to + (row) * NR * 16 + (lane), NR * 64)
+
+// 16 or 32 rows of A · B to `to`, [rows][NR · 16].
+template <int NR, bool TWO>
+TILEFOLD_INLINE void tile_product(const uint32_t* a0, int64_t row0, const uint32_t* a1, int64_t row1,
+                                  const uint32_t* b, int64_t depth, float* to) {
+    settle_memory();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int64_t k = 0; k < depth; k += 16, a0 += 16, a1 += 16, b += 16 * NR * 16) {
+        _tile_loadd(6, a0, row0 * 4);
+        TILEFOLD_ROW(0, 1, 2)
+        if constexpr (TWO) {
+            _tile_loadd(6, a1, row1 * 4);
+            TILEFOLD_ROW(3, 4, 5)
+        }
+    }
+    TILEFOLD_STORE(0, 0, 0);
+    if constexpr (NR > 1) TILEFOLD_STORE(1, 0, 16);
+    if constexpr (NR > 2) TILEFOLD_STORE(2, 0, 32);
+    if constexpr (TWO) {
+        TILEFOLD_STORE(3, 16, 0);
+        if constexpr (NR > 1) TILEFOLD_STORE(4, 16, 16);
+        if constexpr (NR > 2) TILEFOLD_STORE(5, 16, 32);
+    }
+}
+#undef TILEFOLD_ROW
+#undef TILEFOLD_STORE
+
+template <class K, int NR, class Take>
+    requires(K::IN_TILES)
+TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1, Take&& take) {
+    constexpr int64_t DEEPEST = 512;  // pairs of a block's keys or of 1024 dims
+    alignas(64) float c[32 * NR * 16];
+    alignas(64) uint32_t rest[16 * DEEPEST];  // the last rows, where a whole tile would read beyond them
+    depth = up(depth, K::DEPTH);
+    for (int64_t r = r0; r < r1; r += 32) {
+        const int64_t rows = least(r1 - r, 32);
+        const uint32_t *a0 = a.from(r, 0).at, *a1 = a.from(r + 16, 0).at;
+        int64_t row0 = a.row, row1 = a.row;
+        if (rows % 16) {
+            const uint32_t* from = rows < 16 ? a0 : a1;
+            for (int64_t x = 0; x < rows % 16; x++) memcpy(rest + x * depth, from + x * a.row, size_t(depth) * 4);
+            (rows < 16 ? a0 : a1) = rest;
+            (rows < 16 ? row0 : row1) = depth;
+        }
+        if (rows > 16)
+            tile_product<NR, true>(a0, row0, a1, row1, b, depth, c);
+        else
+            tile_product<NR, false>(a0, row0, a1, row1, b, depth, c);
+        int64_t x = 0;
+        for (; x + STRIP <= rows; x += STRIP) {
+            F32 acc[STRIP][NR];
+            each<STRIP>([&](auto i) TILEFOLD_LAMBDA {
+                each<NR>([&](auto v) TILEFOLD_LAMBDA { acc[i][v] = load(c + ((x + i) * NR + v) * 16); });
+            });
+            take(r + x, acc);
+        }
+        for (; x < rows; x++) {
+            F32 acc[1][NR];
+            each<NR>([&](auto v) TILEFOLD_LAMBDA { acc[0][v] = load(c + (x * NR + v) * 16); });
+            take(r + x, acc);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace tilefold
