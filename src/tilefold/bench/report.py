@@ -1,4 +1,4 @@
-"""What is said about measurements: a table, a file of everything, a picture.
+"""What is said about measurements: a table, notes to it, a file of everything.
 
 No speed-up is ever stated for a result that is out of its error budget; its row says so instead. Tables are plain
 text here, aligned columns that need no package.
@@ -6,17 +6,18 @@ text here, aligned columns that need no package.
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from ..api import size
 from .budgets import FACTOR
 from .machine import fingerprint
-from .timing import MATMUL, Measured, Run
+from .peaks import ROOFS, blas, words
+from .timing import Measured, Run
+
+BUSY = 0.2  # a roof that varies more than that was not alone on this machine
 
 Mood = Literal["", "good", "bad", "faint"]
 
@@ -54,27 +55,39 @@ def aligned(rows: Sequence[Sequence[str]], right: frozenset[int]) -> list[str]:
     return [line(row) for row in rows]
 
 
+HEADER = (
+    "scenario",
+    "computed by",
+    "time",
+    "rate",
+    "of peak",
+    "memory",
+    "error",
+    "allowed",
+    "tilefold is",
+    "vs naive",
+)
+
+
 def table(run: Run) -> Table:
-    """One row per scenario and peer."""
-    made = Table(
-        ("scenario", "computed by", "time", "GFLOP/s", "of peak", "memory", "error", "allowed", "vs naive"),
-        frozenset(range(2, 9)),
-    )
+    """One row per scenario and peer. `tilefold is` says how many times faster tilefold is than the row."""
+    made = Table(HEADER, frozenset(range(2, len(HEADER))))
     for m in run.measured:
         if m.error is None:
-            made.add(m.scenario.name, m.peer.name, *["–"] * 7, mood="faint")
+            made.add(m.scenario.name, m.peer.name, *["–"] * (len(HEADER) - 2), mood="faint")
             continue
-        faster = run.speedup(m)
+        ours = run.of(m.scenario, "tilefold")
         made.add(
             m.scenario.name,
             m.peer.name,
             seconds(m.median),
-            f"{m.gflops:,.1f}",
-            f"{m.gflops / run.peak_gflops:.0%}",
+            rate(m.rate, m.scenario.is_decode),
+            share(run.share(m)),
             "–" if m.bytes is None else size(m.bytes),
             f"{m.error.error:.1e}",
             f"{m.error.budget:.1e}",
-            f"{faster:.2f} x" if faster is not None else ("WRONG" if not m.ok else "–"),
+            "–" if ours is None or ours is m else times(run.ahead(ours, m.peer.name)),
+            times(run.speedup(m)) if m.ok else "WRONG",
             mood="bad" if not m.ok else ("good" if m.peer.name == "tilefold" else ""),
         )
     return made
@@ -82,16 +95,21 @@ def table(run: Run) -> Table:
 
 def notes(run: Run) -> list[str]:
     """What the table's columns mean, and what it leaves out."""
-    said = [
-        f"peak      {run.peak_gflops:,.0f} GFLOP/s, the best {run.peak_dtype} matrix product of {MATMUL} x {MATMUL} "
-        "in this run (NumPy's BLAS)",
-        f"time      median of {run.rounds} rounds, everyone in every round; GFLOP/s counts visible cells only",
+    said = [*_about_peaks(run)]
+    said += [
+        f"time      median of {run.rounds} rounds, everyone in every round, with {_threads(run)}",
+        "rate      GFLOP/s counts visible cells only; of a decode, GB/s of the keys and values that are read",
         "memory    peak beyond the inputs, output included; – where it is not NumPy's to count",
         f"error     largest, against float64; allowed is {FACTOR:g} x the plain method's own error and one rounding",
     ]
-    for scenario, who, why in dict.fromkeys((m.scenario.name, m.peer.name, m.refusal) for m in run.measured):
-        if why:
-            said.append(f"not run   {who} on {scenario}: {why}")
+    here = {m.peer for m in run.measured if m.peer.note and m.error is not None}
+    said += [f"how       {p.name} {p.version or ''}: {p.note}" for p in sorted(here, key=lambda p: p.name)]
+    said += _refusals(run)
+    if run.peaks.spread > BUSY:
+        said.append(
+            f"busy      a roof varied by {run.peaks.spread:.0%} between rounds: this machine had other work, and whose "
+            "threads wait for one another suffers most"
+        )
     if run.wrong:
         said.append(
             f"WRONG     {len(run.wrong)} results are out of their error budget; no speed-up is stated for them"
@@ -99,17 +117,64 @@ def notes(run: Run) -> list[str]:
     return said
 
 
+def _refusals(run: Run) -> Iterator[str]:
+    """Who was not measured and why, each reason once."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for m in run.measured:
+        if m.refusal:
+            where.setdefault((m.peer.name, m.refusal), []).append(m.scenario.name)
+    for (who, why), names in where.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        yield f"not run   {who} on {' '.join(names[:2])}{more}: {why}"
+
+
+def _threads(run: Run) -> str:
+    return "1 thread" if run.peaks.threads == 1 else f"{run.peaks.threads} threads"
+
+
+def _about_peaks(run: Run) -> Iterator[str]:
+    """The roofs that shares refer to, then what else this machine can do in the same types."""
+    scenarios = list({id(m.scenario): m.scenario for m in run.measured}.values())
+    roofs = [*dict.fromkeys(name for s in scenarios if (name := run.peaks.roof(s)) is not None)]
+    others = [*dict.fromkeys(name for s in scenarios for name in (*ROOFS[s.dtype], blas(s)))]
+    for name in roofs:
+        yield f"peak      {_best(run, name)}: what shares refer to"
+    for name in others:
+        if name not in roofs and run.peaks.best(name) is not None:
+            yield f"          {_best(run, name)}"
+    if (amx := run.peaks.best("amx")) is not None:
+        yield f"          of the tile products {_reach(run, amx)}"
+
+
+def _best(run: Run, name: str) -> str:
+    best = run.peaks.best(name)
+    return f"{rate(best or 0.0, name.startswith('read'))}, {words(name)}"
+
+
+def _reach(run: Run, amx: float) -> str:
+    """How much of AMX each peer gets, at best; whoever computes in float32 cannot get much."""
+    best: dict[str, float] = {}
+    for m in run.measured:
+        if m.error is not None and m.scenario.dtype == "bfloat16" and not m.scenario.is_decode:
+            best[m.peer.name] = max(best.get(m.peer.name, 0.0), m.rate / amx)
+    return "at best: " + ", ".join(f"{who} {got:.1%}" for who, got in best.items())
+
+
 def as_json(run: Run, command: Sequence[str]) -> dict[str, Any]:
     """Everything that was measured, raw samples included."""
+    peers = {m.peer.name: m.peer for m in run.measured}
+    product = blas(run.measured[0].scenario)
     return {
         "command": shlex.join(command),
         "machine": fingerprint(),
+        "threads": run.peaks.threads,
         "dtype": run.dtype,
         "rounds": run.rounds,
-        "peak": {
-            "what": f"{run.peak_dtype} matmul {MATMUL}",
-            "gflops": run.peak_gflops,
-            "seconds": run.peak_seconds,
+        "peers": {name: {"version": peer.version, "note": peer.note} for name, peer in peers.items()},
+        "peak": {"what": words(product), "gflops": (run.peaks.best(product) or 0.0) / 1e9},
+        "peaks": {
+            name: {"what": words(name), "per_second": max(samples), "samples": samples}
+            for name, samples in run.peaks.samples.items()
         },
         "results": [_row(run, m) for m in run.measured],
     }
@@ -119,16 +184,37 @@ def _row(run: Run, m: Measured) -> dict[str, Any]:
     row: dict[str, Any] = {"scenario": m.scenario.name, "case": m.scenario.case.text, "by": m.peer.name}
     if m.error is None:
         return row | {"refusal": m.refusal}
+    amx = run.peaks.best("amx") if m.scenario.dtype == "bfloat16" else None
     return row | {
         "seconds": m.seconds,
         "median_seconds": m.median,
         "gflop": m.scenario.gflop,
         "gflops": m.gflops,
-        "share_of_peak": m.gflops / run.peak_gflops,
+        "bytes_read": m.scenario.kv_bytes if m.scenario.is_decode else None,
+        "roof": run.peaks.roof(m.scenario),
+        "share_of_peak": run.share(m),
+        "share_of_amx": None if amx is None else 1e9 * m.gflops / amx,
         "bytes": m.bytes,
         "error": asdict(m.error) | {"ok": m.ok},
         "times_faster_than_naive": run.speedup(m),
     }
+
+
+def rate(per_second: float, of_bytes: bool) -> str:
+    """Operations or bytes per second.
+
+    >>> rate(2.5e11, False), rate(2.5e11, True)
+    ('250.0 GFLOP/s', '250.0 GB/s')
+    """
+    return f"{per_second / 1e9:,.1f} {'GB/s' if of_bytes else 'GFLOP/s'}"
+
+
+def share(part: float | None) -> str:
+    return "–" if part is None else f"{part:.0%}"
+
+
+def times(faster: float | None) -> str:
+    return "–" if faster is None else f"{faster:.2f} x"
 
 
 def seconds(t: float) -> str:
@@ -141,61 +227,3 @@ def seconds(t: float) -> str:
         if t >= length:
             return f"{t / length:.3g} {unit}" if unit in ("ms", "s") else f"{t / length:.1f} {unit}"
     return f"{t * 1e6:.3g} µs"
-
-
-COLOURS = {"naive": "#b8b4ac", "tilefold": "#0f6fb5", "torch": "#e07b39", "jax": "#6a9f58"}
-
-
-def check_picture(path: Path) -> None:
-    """ValueError for a file that no picture can be written to, before anything is measured."""
-    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"--plot must end in .svg, .png or .pdf, got {str(path)!r}")
-
-
-def plot(run: Run, path: Path) -> None:
-    """Share of peak per scenario and peer, as bars with their numbers."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    rows = [m for m in run.measured if m.error is not None]
-    names = list(dict.fromkeys(m.scenario.name for m in rows))
-    peers = list(dict.fromkeys(m.peer.name for m in rows))
-    with pyplot.rc_context({"font.family": "sans-serif", "svg.fonttype": "none", "font.size": 9}):
-        thick = 0.8 / len(peers)
-        figure, axes = pyplot.subplots(figsize=(8, 1.3 + 0.28 * len(names) * (len(peers) + 0.6)))
-        for m in rows:
-            at = names.index(m.scenario.name) + (peers.index(m.peer.name) - (len(peers) - 1) / 2) * thick
-            share = 100 * m.gflops / run.peak_gflops
-            axes.barh(at, share, thick * 0.88, color=COLOURS.get(m.peer.name, "#888888"))
-            label = f"{seconds(m.median)}" if m.ok else "wrong result"
-            axes.text(share, at, f"  {share:.0f}%  {label}", va="center", color="#444444", fontsize=7.5)
-        _dress(axes, names, run)
-        shown = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS.get(p, "#888888")) for p in peers]
-        figure.legend(
-            shown, peers, frameon=False, ncols=len(peers), loc="upper right", bbox_to_anchor=(0.98, 0.985)
-        )
-        figure.tight_layout(rect=(0, 0, 1, 0.97))
-        figure.savefig(path, dpi=160)
-        pyplot.close(figure)
-
-
-def _dress(axes: Any, names: list[str], run: Run) -> None:
-    machine = fingerprint()
-    axes.set_yticks(range(len(names)), [re.sub(r",(?=[a-z])", "  ", name) for name in names])
-    axes.invert_yaxis()
-    axes.margins(x=0.16, y=0.02)
-    axes.xaxis.set_major_formatter("{x:.0f}%")
-    axes.set_xlabel(
-        f"share of the measured {run.peak_dtype} matmul peak, {run.peak_gflops:,.0f} GFLOP/s   ·   "
-        f"{machine['cpu']}, {machine['cores_usable']} cores",
-        color="#444444",
-    )
-    axes.set_title(f"Attention, {run.dtype}", loc="left", fontweight="bold")
-    axes.tick_params(length=0)
-    axes.grid(axis="x", color="#e8e6e1", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.spines["left"].set_color("#999999")

@@ -1,28 +1,43 @@
 """How a scenario is measured: every peer in every round, so that a busy moment hurts all alike; medians.
 
-A short call is repeated until the clock can see it. Each round also multiplies two large matrices: the best of those
-is this machine's matmul peak, of the same BLAS in the same minutes, and every share of peak refers to it.
+A short call is repeated until the clock can see it. Before each sample everyone's idle threads have gone to sleep, the
+order changes from round to round, and the machine's roofs are measured in the same rounds.
 """
 
 from __future__ import annotations
 
-import tracemalloc
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-from ..dtypes import ROWS
+from . import exchange
+from .apart import Company, Refused
 from .budgets import Error
-from .peers import NAIVE, PEERS, Peer
+from .here import Here, peak_bytes
+from .parity import Parity
+from .peaks import Peaks
+from .peers import PEERS, Peer
+from .quiet import quiet
 from .scenarios import Inputs, Scenario
+from .threads import limited
+from .worker import sentence
 
 SHORTEST = 0.02  # seconds that one sample should last at least
-MATMUL = 1024
+
+
+class Timed(Protocol):
+    """A call that is ready: the result it gave, how long it took then, and how long it takes when repeated."""
+
+    result: np.ndarray
+    once: float
+
+    def seconds(self, times: int) -> float: ...
 
 
 @dataclass(slots=True)
@@ -46,33 +61,50 @@ class Measured:
         return self.scenario.gflop / self.median
 
     @property
+    def rate(self) -> float:
+        """What the scenario's roof counts, per second: operations, or bytes of a decode."""
+        return (
+            self.scenario.kv_bytes if self.scenario.is_decode else 1e9 * self.scenario.gflop
+        ) / self.median
+
+    @property
     def ok(self) -> bool:
         return self.error is not None and self.error.ok
+
+    def refuse(self, why: str) -> None:
+        """Take back whatever was measured."""
+        self.refusal, self.error, self.bytes = why, None, None
+        self.seconds.clear()
 
 
 @dataclass(slots=True)
 class Run:
-    """Everything that was measured, and the peak that shares refer to."""
+    """Everything that was measured, and the roofs that shares refer to."""
 
-    dtype: str
+    dtype: str  # or a phrase, where each scenario has its own
     rounds: int
+    peaks: Peaks
     measured: list[Measured] = field(default_factory=list)
-    peak_seconds: list[float] = field(default_factory=list)
 
-    @property
-    def peak_dtype(self) -> str:
-        return ROWS[self.dtype].accumulate
+    def share(self, m: Measured) -> float | None:
+        """Of the scenario's roof; None where nothing measured it."""
+        name = self.peaks.roof(m.scenario)
+        best = None if name is None else self.peaks.best(name)
+        return None if best is None else m.rate / best
 
-    @property
-    def peak_gflops(self) -> float:
-        return 2 * MATMUL**3 / 1e9 / min(self.peak_seconds)
+    def of(self, scenario: Scenario, name: str) -> Measured | None:
+        """What a peer did on a scenario."""
+        rows = (m for m in self.measured if m.scenario is scenario and m.peer.name == name)
+        return next(rows, None)
+
+    def ahead(self, m: Measured, base: str) -> float | None:
+        """How many times faster than the peer `base`; None where either result is wrong, or not there."""
+        other = self.of(m.scenario, base)
+        return other.median / m.median if other is not None and other.ok and m.ok else None
 
     def speedup(self, m: Measured) -> float | None:
-        """How many times faster than naive; None where either result is wrong, or naive was not measured."""
-        base = next((b for b in self.measured if b.scenario is m.scenario and b.peer is NAIVE), None)
-        if base is None or not (base.ok and m.ok):
-            return None
-        return base.median / m.median
+        """How many times faster than naive."""
+        return self.ahead(m, "naive")
 
     @property
     def wrong(self) -> list[Measured]:
@@ -85,16 +117,16 @@ def measure(
     rounds: int,
     done: Callable[[str], None],
     peers: Sequence[Peer] = PEERS,
+    threads: int | None = None,
 ) -> Run:
-    """Measure all scenarios; `done` hears a sentence after each round of each."""
+    """Measure all scenarios; `done` hears a sentence after each round of each. `dtype` is for the report to say."""
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
-    run = Run(dtype, rounds)
     present = [peer for peer in peers if peer.available() is None]
-    a = np.random.default_rng(0).standard_normal((MATMUL, MATMUL)).astype(run.peak_dtype)
-    product = a @ a  # the first call starts BLAS's threads
-    for scenario in scenarios:
-        run.measured += _one(scenario, present, run, lambda: np.matmul(a, a, out=product), done)
+    with limited(threads) as count, Company(count) as company:
+        run = Run(dtype, rounds, Peaks(count))
+        for scenario in scenarios:
+            run.measured += _one(scenario, present, run, company, done)
     return run
 
 
@@ -104,61 +136,67 @@ def steps(scenarios: Sequence[Scenario], rounds: int) -> int:
 
 
 def _one(
-    scenario: Scenario,
-    peers: Sequence[Peer],
-    run: Run,
-    matmul: Callable[[], Any],
-    done: Callable[[str], None],
+    scenario: Scenario, peers: Sequence[Peer], run: Run, company: Company, done: Callable[[str], None]
 ) -> list[Measured]:
-    inputs = scenario.inputs()
     rows = [Measured(scenario, peer, refusal=peer.why_not(scenario) or "") for peer in peers]
-    calls: list[tuple[Measured, Callable[[], Any], int]] = []
-    for row in rows:
-        if not row.refusal and (call := _prepared(row, inputs)) is not None:
-            calls.append((row, call, max(1, ceil(SHORTEST / max(_seconds(call, 1), 1e-9)))))
+    with tempfile.TemporaryDirectory(prefix="tilefold-bench-") as folder:
+        stage = _Stage(scenario, scenario.inputs(), Path(folder), company)
+        calls = [(row, timed) for row in rows if (timed := stage.prepare(row)) is not None]
+    quiet()
     done(f"{scenario.name}: checked")
     for number in range(run.rounds):
-        run.peak_seconds.append(_seconds(matmul, 1))
-        for row, call, times in calls:
-            row.seconds.append(_seconds(call, times))
+        run.peaks.sample(scenario)
+        turn = number % max(len(calls), 1)
+        for row, timed in calls[turn:] + calls[:turn]:
+            _sample(row, timed)
         done(f"{scenario.name}: round {number + 1} of {run.rounds}")
     return rows
 
 
-def _prepared(row: Measured, inputs: Inputs) -> Callable[[], Any] | None:
-    """The call to be timed, after its result was checked and its memory counted. None if another library failed."""
+def _sample(row: Measured, timed: Timed) -> None:
+    if row.error is None:  # an earlier round was refused
+        return
     try:
-        call = row.peer.build(row.scenario, inputs)
-        out = call()
-    except Exception as error:
-        if not row.peer.foreign:
-            raise
-        row.refusal = f"failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
-        return None
-    row.error = row.scenario.check(inputs, _result(row, out, inputs))
-    row.bytes = None if row.peer.foreign else peak_bytes(call)
-    return call
+        row.seconds.append(timed.seconds(max(1, ceil(SHORTEST / max(timed.once, 1e-9)))))
+    except Refused as refused:
+        row.refuse(str(refused))
 
 
-def _result(row: Measured, out: Any, inputs: Inputs) -> np.ndarray:
-    shape = (*inputs[0].shape[:-1], inputs[2].shape[-1])
-    return row.peer.to_numpy(out, row.scenario.case.dtype).reshape(shape)
+@dataclass(slots=True)
+class _Stage:
+    """A scenario's arrays, handed to whoever takes part."""
 
+    scenario: Scenario
+    inputs: Inputs
+    folder: Path
+    company: Company
+    handed_over: bool = False
+    parity: Parity | None = None
 
-def _seconds(call: Callable[[], Any], times: int) -> float:
-    start = perf_counter()
-    for _ in range(times):
-        call()
-    return (perf_counter() - start) / times
+    def prepare(self, row: Measured) -> Timed | None:
+        """The call to be timed, its result checked and its memory counted. None if the peer refuses, or fails."""
+        if row.refusal:
+            return None
+        try:
+            timed = self._ready(row.peer)
+        except Refused as refused:
+            row.refusal = str(refused)
+            return None
+        except Exception as error:
+            if not row.peer.foreign:
+                raise
+            row.refusal = f"failed: {sentence(error)}"
+            return None
+        self.parity = self.parity or Parity(self.scenario, self.inputs)
+        row.error = self.parity.check(timed.result)
+        if isinstance(timed, Here) and not row.peer.foreign:
+            row.bytes = peak_bytes(timed.call)
+        return timed
 
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that was allocated at once during a call, its output included; untimed, because counting is slow."""
-    tracemalloc.start()
-    try:
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        call()
-        return tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
+    def _ready(self, peer: Peer) -> Timed:
+        if not peer.apart:
+            return Here(peer, self.scenario, self.inputs)
+        if not self.handed_over:
+            exchange.put_inputs(self.folder, self.inputs)
+            self.handed_over = True
+        return self.company.invite(peer, self.folder, self.scenario)
