@@ -46,11 +46,11 @@ struct Packing {
 
 // What a finished row's accumulator is multiplied by; stores its log-sum-exp.
 template <class E>
-E settle(const Call& c, const Unit& u, int64_t r, E m, E d) {
+E settle(const Call& c, const Unit& u, const Row& row, E m, E d) {
     // A row that sees keys and still found only −inf has overflowed: that is NaN, never a silent 0.
-    if (m == -INFINITE<E> && sees_any<E>(c, u, r)) d = m = E(__builtin_nan(""));
+    if (m == -INFINITE<E> && sees_any<E>(c, u, row)) d = m = E(__builtin_nan(""));
     if (u.lse)
-        static_cast<E*>(u.lse)[row_at(c.lse, c.group, r)] =
+        static_cast<E*>(u.lse)[row.at(c.lse)] =
             d == 0 ? -INFINITE<E> : E(double(m) + __builtin_log(double(d)));
     return d == 0 ? E(0) : 1 / d;
 }
@@ -437,7 +437,8 @@ struct Tile {
 
     void finish(const Call& c, const Unit& u) {
         if (empty) begin_total(c, u);
-        for (int r = 0; r < rows; r++) factor[r] = settle(c, u, r0 + r, max_total[r], sum_total[r]);
+        Row row(r0, c.group);
+        for (int r = 0; r < rows; r++, row.next()) factor[r] = settle(c, u, row, max_total[r], sum_total[r]);
         for (int64_t r = rows; r < N; r++) factor[r] = 0;
         unpack_output<T, E, N>(c, u, r0, rows, total, factor);
     }
@@ -523,8 +524,9 @@ struct Tiles {
 template <class E, class T>
 void finish_row(const Call& c, const Unit& u, int64_t r, E m, E d, const E* acc) {
     constexpr int W = LANES<E>;
-    const E factor = settle(c, u, r, m, d);
-    T* out = static_cast<T*>(u.out) + row_at(c.out, c.group, r);
+    const Row row(r, c.group);
+    const E factor = settle(c, u, row, m, d);
+    T* out = static_cast<T*>(u.out) + row.at(c.out);
     int64_t x = 0;
     if (c.out.col == 1)
         for (; x + W <= c.v_dim; x += W) narrow(out + x, load(acc + x) * set<E>(factor));

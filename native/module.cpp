@@ -12,6 +12,7 @@
 
 #include <cstdlib>
 #include <initializer_list>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -174,19 +175,36 @@ class Fold {
         part.frame = frame, part.head = head, part.first_row = first_row, part.last_row = last_row;
         if (lo) part.spans = int64_t(lo->shape(1)), part.lo = lo->data(), part.hi = hi->data();
         if (bits) part.bits = bits->data(), part.bits_bytes = int64_t(bits->shape(1)), part.bits_start = bits_start;
-        tilefold::Stop stop({interrupted, nullptr});
-        int64_t bytes;
-        {
-            nb::gil_scoped_release unlocked;
-            bytes = tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
-        }
-        if (PyErr_Occurred()) throw nb::python_error();
-        return bytes;
+        return fold(arrays, part, team);
+    }
+
+    // The whole of a call without optional arrays; −1 where an address is no multiple of its item size.
+    int64_t run_plain(Input q, Input k, Input v, Output out, std::optional<Output> lse, int team) const {
+        const tilefold::Arrays arrays{array(q), array(k), array(v), array(out), array(lse), {}, {}};
+        const uintptr_t all = uintptr_t(arrays.q.data) | uintptr_t(arrays.k.data) | uintptr_t(arrays.v.data);
+        if (all % (q.dtype().bits / 8)) return -1;
+        tilefold::Selection part{};
+        part.last_row = problem_.q_len;
+        return fold(arrays, part, team);
     }
 
     const char* isa() const { return machine_.name; }
 
    private:
+    int64_t fold(const tilefold::Arrays& arrays, const tilefold::Selection& part, int team) const {
+        tilefold::Stop stop({interrupted, nullptr});
+        int64_t bytes = 0;
+        try {
+            nb::gil_scoped_release unlocked;
+            bytes = tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
+        } catch (const std::bad_alloc&) {
+            PyErr_Format(PyExc_MemoryError, "unable to allocate %lld bytes of workspace",
+                         static_cast<long long>(tilefold::workspace(problem_, kernels_, settings_, false)));
+        }
+        if (PyErr_Occurred()) throw nb::python_error();
+        return bytes;
+    }
+
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> settings() const {
         return {settings_.tile_rows, settings_.block_k, settings_.splits, settings_.workers,
                 tilefold::workspace(problem_, kernels_, settings_, false)};
@@ -237,5 +255,7 @@ NB_MODULE(_core, m) {
         .def("run", &Fold::run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "bias"_a.none(), "cells"_a.none(),
              "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(), "first_row"_a, "last_row"_a,
              "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(), "bits_start"_a, "team"_a,
-             "Fill out and lse; the bytes of workspace it took. Arrays of bfloat16 come as uint16.");
+             "Fill out and lse; the bytes of workspace it took. Arrays of bfloat16 come as uint16.")
+        .def("run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
+             "The same for a whole call without optional arrays; -1 if an array is misaligned.");
 }

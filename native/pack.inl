@@ -5,15 +5,16 @@ namespace tilefold {
 namespace {
 
 // Query or output row r of a unit, in elements from its start.
-TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) {
-    return r / group * s.row + r % group * s.head;
-}
+TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) { return Row(r, group).at(s); }
 
-template <class T>
-TILEFOLD_INLINE T zero_of() {
-    T x;
-    memset(&x, 0, sizeof x);
-    return x;
+// Where W rows of an array lie, from row r0 + i on; lanes beyond `rows` repeat the last one.
+template <int W, class T>
+TILEFOLD_INLINE void rows_from(T* base, const Strides& s, int64_t group, int64_t r0, int64_t i, int64_t rows, T* (&at)[W]) {
+    Row row(r0 + least(i, rows - 1), group);
+    for (int r = 0; r < W; r++) {
+        at[r] = base + row.at(s);
+        if (i + r + 1 < rows) row.next();
+    }
 }
 
 // Qᵀ as [dim][N] of E. Lanes beyond `rows` repeat the last row.
@@ -23,7 +24,7 @@ void pack_queries(const Call& c, const Unit& u, int64_t r0, int64_t rows, E* to)
     const T* q = static_cast<const T*>(u.q);
     for (int i = 0; i < N; i += W) {
         const T* from[W];
-        for (int r = 0; r < W; r++) from[r] = q + row_at(c.q, c.group, r0 + least(i + r, rows - 1));
+        rows_from<W>(q, c.q, c.group, r0, i, rows, from);
         int64_t d = 0;
         if (c.q.col == 1)
             for (; d + W <= c.dim; d += W) {
@@ -45,7 +46,7 @@ void pack_query_pairs(const Call& c, const Unit& u, int64_t r0, int64_t rows, in
     const BFloat* q = static_cast<const BFloat*>(u.q);
     for (int i = 0; i < N; i += W) {
         const BFloat* from[W];
-        for (int r = 0; r < W; r++) from[r] = q + row_at(c.q, c.group, r0 + least(i + r, rows - 1));
+        rows_from<W>(q, c.q, c.group, r0, i, rows, from);
         int64_t p = 0;
         if (c.q.col == 1)
             for (; 2 * (p + W) <= c.dim; p += W) {
@@ -136,7 +137,7 @@ void unpack_output(const Call& c, const Unit& u, int64_t r0, int64_t rows, const
     for (int i = 0; i < N && i < rows; i += W) {
         const Vec<E> f = load(factor + i);
         T* to[W];
-        for (int r = 0; r < W; r++) to[r] = out + row_at(c.out, c.group, r0 + least(i + r, rows - 1));
+        rows_from<W>(out, c.out, c.group, r0, i, rows, to);
         const int64_t count = least(W, rows - i);
         int64_t d = 0;
         if (c.out.col == 1)

@@ -75,6 +75,12 @@ template <class K, int NR, class Take>
 TILEFOLD_INLINE void product(Source<typename K::A> a, const typename K::A* b, int64_t depth, int64_t r0,
                              int64_t r1, Take&& take) {
     int64_t r = r0;
+    if constexpr (NR == 1)  // eight chains alone would wait for each other's latency
+        for (; r + 2 * STRIP <= r1; r += 2 * STRIP) {
+            Vec<typename K::E> acc[2 * STRIP][NR];
+            strip<K, 2 * STRIP, NR>(acc, a.from(r, 0), b, depth);
+            take(r, acc);
+        }
     for (; r + STRIP <= r1; r += STRIP) {
         Vec<typename K::E> acc[STRIP][NR];
         strip<K, STRIP, NR>(acc, a.from(r, 0), b, depth);

@@ -75,10 +75,10 @@ void load_cells(Vec<E> (&x)[LANES<E>], const Call& c, const Unit& u, const int64
     }
 }
 
-// Whether query row r sees any key at all: asked only where no score was above −inf.
+// Whether a query row sees any key at all: asked only where no score was above −inf.
 template <class E>
-bool sees_any(const Call& c, const Unit& u, int64_t r) {
-    const int64_t i = r / c.group, g = r % c.group, spans = u.lo ? c.spans : 1;
+bool sees_any(const Call& c, const Unit& u, const Row& row) {
+    const int64_t i = row.query, g = row.head, spans = u.lo ? c.spans : 1;
     for (int64_t n = 0; n < spans; n++) {
         int64_t lo, hi;
         if (u.lo)

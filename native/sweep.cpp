@@ -17,6 +17,8 @@
 namespace tilefold {
 namespace {
 
+constexpr double OPERATIONS_PER_THREAD = 4e6;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 int64_t aligned(int64_t bytes) { return up(bytes, 64); }
@@ -342,7 +344,11 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     // A piece of its own per segment costs a state and a merge.
     const bool split = p.layout != VARLEN && segments > 1 && threads > 1 && pieces < 4 * threads;
     s.splits = split ? segments : 1;
-    s.workers = std::clamp<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, 1, threads);
+    // Waking a thread costs as much as some millions of operations.
+    const double operations = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) * double(p.dim + p.v_dim);
+    const int64_t worth = int64_t(std::min(operations / OPERATIONS_PER_THREAD, double(MAX_THREADS)));
+    const int64_t most = std::min<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, worth);
+    s.workers = std::clamp<int64_t>(most, 1, threads);
     return s;
 }
 

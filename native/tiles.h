@@ -12,6 +12,18 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t within(int64_t x, int64_t lo, int64_t hi) { return least(most(x, lo), hi); }
 
+// Query and head of row r, counted on without dividing: rows follow one another.
+struct Row {
+    int64_t query, head;
+    const int64_t group;
+
+    Row(int64_t r, int64_t group_) : query(r / group_), head(r % group_), group(group_) {}
+    void next() {
+        if (++head == group) head = 0, query++;
+    }
+    int64_t at(const Strides& s) const { return query * s.row + head * s.head; }
+};
+
 // What query i sees of the band: lo ≤ j < hi within the sequence.
 inline void band_of(const Unit& u, int64_t i, int64_t& lo, int64_t& hi) {
     const int64_t at = i + u.band.offset;
@@ -32,17 +44,27 @@ struct Sight {
 
     void look(const Call& c, const Unit& u, int64_t r0, int64_t rows) {
         holes = c.spans > 1 || u.bits || u.cells;
+        if (!u.lo && u.band.left >= UNLIMITED && u.band.right >= UNLIMITED) {
+            for (int r = 0; r < N; r++) lo[r] = 0, hi[r] = u.kv_len;
+            first = full_first = 0, last = full_last = u.kv_len;
+            return;
+        }
         first = INT64_MAX, last = 0, full_first = 0, full_last = INT64_MAX;
+        Row row(r0, c.group);
         for (int r = 0; r < N; r++) {
-            const int64_t i = (r0 + least(r, rows - 1)) / c.group;
-            band_of(u, i, lo[r], hi[r]);
-            if (u.lo) clip_to_spans(c, u, i, lo[r], hi[r]);
-            if (hi[r] > lo[r]) {
-                first = least(first, lo[r]);
-                last = most(last, hi[r]);
+            if (r && (row.head || r >= rows)) {  // the query before, or a padding lane
+                lo[r] = lo[r - 1], hi[r] = hi[r - 1];
+            } else {
+                band_of(u, row.query, lo[r], hi[r]);
+                if (u.lo) clip_to_spans(c, u, row.query, lo[r], hi[r]);
+                if (hi[r] > lo[r]) {
+                    first = least(first, lo[r]);
+                    last = most(last, hi[r]);
+                }
+                full_first = most(full_first, lo[r]);
+                full_last = least(full_last, hi[r]);
             }
-            full_first = most(full_first, lo[r]);
-            full_last = least(full_last, hi[r]);
+            if (r + 1 < rows) row.next();
         }
         if (last == 0) first = 0;
     }

@@ -1,6 +1,7 @@
 """The zoo: every problem that parity tests, machines and sanitizers are run through, one case string each.
 
-A bug begins here, with a failing line. `tilefold case "<line>"` replays one.
+A bug begins here, with a failing line. `tilefold case "<line>"` replays one. LARGE is folded forward only, by each
+machine, because the oracle's gradient of it would take too long.
 """
 
 ZOO = """
@@ -81,4 +82,57 @@ float16 h2 q60 k700 d16 logits=huge
 bfloat16 b2 h4/2 q130 k130 d64 causal
 bfloat16 h2 q300 k700 d32 softcap=5 bias=1h1k sinks
 bfloat16 h2 q300 k700 d32 window=90,4 order=bshd
+float32 h2 q1 k2300 d64
+float32 b2 h8/2 q3 k2100 d40 v24 causal
+float32 h2 q3 k2100 d16 alibi causal sinks
+float32 h4/1 q100 k1100 d16 documents=300,500,300 causal
+float32 h2 q60 k2000 d16 anchors=4,900
+float32 h5/1 q40 k53 d16 causal
+float32 b9 h2 q130 k70 d16
+float32 b2 h1 q3 k2100 d16 kv_lengths=0,0
+float32 b2 h1 q3 k2100 d16 kv_lengths=0,0 q_lengths=0,2 sinks
+float32 h4/1 q2 k1300 d16 window=20,0 nan
+float32 h4/1 q2 k300 d16 predicate=3 nan
+float64 h2 q5 k1500 d33
+float64 h8/1 q3 k1100 d33 v17 causal bias=11qk hide=0.3
+float64 h2 q53 k53 d8 dense=0.02 nan
+float64 h3/1 q1 k1100 d16 window=20,0 nan
+float16 h5/1 q40 k1100 d24 causal
+float16 h4/1 q2 k2300 d64 softcap=20
+float16 b3x2 h4/2 q100 k200 d16 causal
+float16 h2 q60 k1100 d16 predicate=3
+float16 h4/2 d16 packed=100,1,60/5,200,70 causal
+float16 h2 q90 k200 d16 window=20,0 nan order=strided
+float16 h8/1 q1 k1100 d16 logits=rising
+bfloat16 h7/1 q33 k300 d32 causal
+bfloat16 h2 q50 k333 d33 v47 causal
+bfloat16 h2/1 q3 k333 d33 v5
+bfloat16 h1 q17 k31 d1 v1
+bfloat16 h2 q50 k90 d8 order=reversed
+bfloat16 h2 q50 k90 d32 order=strided
+bfloat16 h2 q50 k90 d32 order=fortran causal
+bfloat16 h4/1 q2 k2300 d64 causal window=1500,0
+bfloat16 h4/1 q2 k2300 d64 alibi sinks
+bfloat16 h4/2 q40 k153 d16 dense=0.3
+bfloat16 h2 q300 k300 d16 documents=101,90,109 causal
+bfloat16 b2 h4/2 q300 k530 d8 bias=b11k hide=0.5 causal
+bfloat16 b9 h2 q130 k70 d16
+bfloat16 h4/2 d16 packed=100,1,60/5,200,71 causal
+bfloat16 b2 h2 q60 k230 d8 kv_lengths=230,91 causal nan
+bfloat16 h2 q90 k200 d16 window=20,0 nan
+bfloat16 h4/1 q2 k1300 d16 window=21,0 nan
+bfloat16 h2 q60 k700 d16 logits=peaked
+bfloat16 h2 q60 k2000 d16 logits=falling
+bfloat16 h2 q60 k700 d16 logits=huge
+""".strip().splitlines()
+
+LARGE = """
+float32 h1 q20 k45 d1500
+float64 h1 q20 k45 d1500
+float16 h1 q20 k45 d1500
+bfloat16 h1 q20 k45 d1024
+bfloat16 h1 q20 k45 d1100 v1300
+bfloat16 h1 q20 k1045 d40 v2100
+bfloat16 h2/1 q70 k45 d2048 causal
+bfloat16 h1 q20 k45 d4100
 """.strip().splitlines()

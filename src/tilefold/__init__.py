@@ -29,6 +29,7 @@ from .plan import BackendRefused, Plan
 from .problem import Problem
 from .replay import Grads
 from .stats import OnlineStats
+from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -55,11 +56,13 @@ __all__ = [
     "explain",
     "flash_attention",
     "from_predicate",
+    "get_num_threads",
     "lengths",
     "merge",
     "naive_attention",
     "prefix",
     "probe",
+    "set_num_threads",
     "spans",
     "window",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from . import shortcut
 from .arrays import enter_floats, leave
 from .call import DROPOUT, Call, Options, flag, understand
 from .layouts import empty_like, frames
@@ -104,6 +105,17 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (8, 1000, 64)
     """
+    key = None
+    if (
+        mask is None and window is None and bias is None and alibi is None and sinks is None and cu_seqlens_q is None
+        and cu_seqlens_k is None and q_lengths is None and kv_lengths is None and probes == () and out is None
+        and invariant is False and backend == "auto" and plan is None and not unknown
+    ):  # fmt: skip
+        key = shortcut.key_of(q, k, v, causal, scale, softcap, return_lse)
+        if key is not None and (known := shortcut.known(key)) is not None:
+            result = known(q, k, v)
+            if result is not None:
+                return result
     refuse_unknown(unknown)
     options = Options(
         mask=mask, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks,
@@ -116,6 +128,8 @@ def attention(
     call = understand(q, k, v, options, want=want, backend=backend, plan=plan)
     call.allocate(out)
     call.fold()
+    if key is not None:
+        shortcut.remember(key, call)
     result = out if out is not None else leave(q, call.out)
     if probes:
         seen = SimpleNamespace(**_replayed(call, probes))

@@ -74,8 +74,13 @@ def _blas_reads(x: np.ndarray) -> bool:
     return far == item and near % item == 0 and near >= rows * item
 
 
+def order_of(model: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of `model` as they lie in memory, farthest steps first, and the permutation back."""
+    there = tuple(sorted(range(model.ndim), key=lambda axis: -abs(model.strides[axis])))
+    return there, tuple(sorted(range(model.ndim), key=there.__getitem__))
+
+
 def empty_like(model: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A new array whose axes lie in memory in the same order as those of `model`."""
-    order = sorted(range(len(shape)), key=lambda axis: -abs(model.strides[axis]))
-    fresh = np.empty([shape[axis] for axis in order], dtype)
-    return fresh.transpose(np.argsort(order))
+    there, back = order_of(model)
+    return np.empty([shape[axis] for axis in there], dtype).transpose(back)

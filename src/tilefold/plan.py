@@ -46,7 +46,8 @@ class Backend(Protocol):
     def why_not(self, p: Problem) -> str | None:
         """None if this backend can do `p`, else one sentence a user understands."""
 
-    def plan(self, p: Problem) -> Plan: ...
+    def plan(self, p: Problem, threads: int) -> Plan:
+        """How to fold `p` with at most so many threads."""
 
     def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:
         """The same plan with tiles of another size."""
@@ -61,9 +62,15 @@ class Backend(Protocol):
         """Sweep two with the backward pass as its tap."""
 
 
-@lru_cache(maxsize=1024)
 def choose(p: Problem, backend: str = "auto") -> tuple[Plan, tuple[tuple[str, str], ...]]:
     """The plan, and each backend passed over with its reason. An explicit backend never falls back."""
+    from .threads import get_num_threads
+
+    return _choose(p, backend, get_num_threads())
+
+
+@lru_cache(maxsize=1024)
+def _choose(p: Problem, backend: str, threads: int) -> tuple[Plan, tuple[tuple[str, str], ...]]:
     from .backends import BACKENDS
 
     if backend != "auto":
@@ -72,11 +79,11 @@ def choose(p: Problem, backend: str = "auto") -> tuple[Plan, tuple[tuple[str, st
             raise ValueError(f"backend must be 'auto', {', '.join(map(repr, by_name))}; got {backend!r}")
         if (why := by_name[backend].why_not(p)) is not None:
             raise BackendRefused(f"backend {backend!r} refuses: {why}")
-        return by_name[backend].plan(p), ()
+        return by_name[backend].plan(p, threads), ()
     refusals: list[tuple[str, str]] = []
     for candidate in BACKENDS:
         if (why := candidate.why_not(p)) is None:
-            return candidate.plan(p), tuple(refusals)
+            return candidate.plan(p, threads), tuple(refusals)
         refusals.append((candidate.name, why))
     raise BackendRefused("no backend can do this: " + "; ".join(f"{name}: {why}" for name, why in refusals))
 

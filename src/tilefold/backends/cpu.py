@@ -30,8 +30,8 @@ from ..replay import Grads, Probe
 from ..tiles import panel_of
 
 FAR = 2**60  # a band so far off hides, or shows, everything that exists
-PANEL_ROWS = 4096  # query rows whose mask is evaluated together
-PANEL_BYTES = 2**20  # and at most so many bytes of bits
+SPAN_ROWS = 4096  # query rows whose mask is evaluated together
+CELL_ROWS = 256  # the same where single cells are looked at: 8 MiB for each 4096 keys that are in hand
 
 
 class NativeCoreMissing(RuntimeWarning):
@@ -82,13 +82,13 @@ class NativeBackend:
             return "the native core does not fold row statistics"
         return None
 
-    def plan(self, p: Problem) -> Plan:
+    def plan(self, p: Problem, threads: int) -> Plan:
         fold = _fold_of(p)
-        return _plan(p, fold, fold.plan(CORE.threads()))
+        return _plan(p, fold, fold.plan(threads))
 
     def resize(self, plan: Plan, block_q: int, block_k: int) -> Plan:
         fold = _fold_of(plan.problem)
-        rows = block_q * plan.problem.group
+        rows = block_q * max(plan.problem.group, 1)
         return _plan(plan.problem, fold, fold.resize(rows, block_k, plan.splits, plan.workers))
 
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
@@ -99,7 +99,7 @@ class NativeBackend:
             x.out[..., some, :] = 0
             if x.lse is not None:
                 x.lse[..., some] = -np.inf
-        run = _bound(plan)
+        run = running(plan).run
         arrays = [_as_core_reads(a) for a in (x.q, x.k, x.v)]
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
         cells = x.mask.cells_of(x.lead, p.heads, p.q_len, p.kv_len) if isinstance(x.mask, Dense) else None
@@ -113,10 +113,10 @@ class NativeBackend:
             x.q_ends,
             x.kv_ends,
         ]
-        team = _team()
+        whose = team()
         used = 0
         for part in _parts(plan, x, rows, cells is not None):
-            used = max(used, run(*arrays, *part, team))
+            used = max(used, run(*arrays, *part, whose))
         if out is not x.out:
             x.out[...] = out
         return used
@@ -141,20 +141,20 @@ def _fold_of(p: Problem) -> Any:
 def _plan(p: Problem, fold: Any, settings: tuple[int, int, int, int, int]) -> Plan:
     tile_rows, block_k, splits, workers, workspace = settings
     note = f"tiles of {tile_rows} query rows, {workers} threads"
-    block_q = -(-tile_rows // p.group)
+    block_q = -(-tile_rows // max(p.group, 1))
     return Plan(p, "native", fold.isa, block_q, block_k, splits, workers, workspace, note)
 
 
 @lru_cache(maxsize=1024)
-def _bound(plan: Plan) -> Any:
+def running(plan: Plan) -> Any:
     """The core's own form of a plan, made once."""
     fold = _fold_of(plan.problem)
     p = plan.problem
-    fold.resize(plan.block_q * p.group, plan.block_k, plan.splits, plan.workers)
-    return fold.run
+    fold.resize(plan.block_q * max(p.group, 1), plan.block_k, plan.splits, plan.workers)
+    return fold
 
 
-def _team() -> int:
+def team() -> int:
     """Threads of our own, or torch's where it is loaded: its idle workers would fight ours for the cores."""
     return 2 if "torch" in sys.modules else 1
 
@@ -187,9 +187,7 @@ def _parts(plan: Plan, x: Operands, rows: slice | None, cells: bool) -> Iterator
     heads = range(p.heads) if x.mask.by_head else (-1,)
     for n, frame in enumerate(frames(p, x)):
         first, last = max(every[0] - frame.q0, 0), min(every[1] - frame.q0, frame.q_len)
-        step = PANEL_ROWS
-        if x.mask.may_need_bits:
-            step = min(max(PANEL_BYTES * 8 // max(frame.kv_len, 1), plan.block_q), PANEL_ROWS)
+        step = CELL_ROWS if x.mask.may_need_bits else SPAN_ROWS
         for row in range(first, last, step):
             some = slice(row, min(row + step, last))
             for head in heads:

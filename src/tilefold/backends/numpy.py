@@ -41,7 +41,7 @@ class NumpyBackend:
             return f"the NumPy backend does not fold row statistics ({row_probes.name})"
         return None
 
-    def plan(self, p: Problem) -> Plan:
+    def plan(self, p: Problem, threads: int) -> Plan:
         block_q = max(1, min(p.q_len, max(16, _rows(p) // max(p.group, 1))))
         return self.resize(Plan(p, self.name, "blas", 1, 1, note="fold.py over BLAS"), block_q, KEYS)
 

@@ -1,0 +1,43 @@
+"""What a case string should give forward, computed once however many backends and machines are held against it."""
+
+from functools import cache
+
+import numpy as np
+from budgets import Error, judge, reference_type
+
+from tilefold.bench.case import Case
+from tilefold.dtypes import ROWS
+from tilefold.naive import naive
+
+Results = tuple[np.ndarray, np.ndarray]
+
+
+@cache
+def expected(text: str) -> tuple[Results, Results, Results]:
+    """(out, lse) in a type wider than the accumulator; then the two honest evaluations that set the budget."""
+    case = Case.parse(text)
+    acc = ROWS[case.dtype].accumulate
+    a, wide = case.build(), reference_type(acc)
+    b = a.nudged(acc)
+    return (
+        naive(a.q, a.k, a.v, **a.options, dtype=wide),
+        naive(a.q, a.k, a.v, **a.options, dtype=acc),
+        naive(b.q, b.k, b.v, **b.options, dtype=wide),
+    )
+
+
+def judged(text: str, out: np.ndarray, lse: np.ndarray) -> list[Error]:
+    """The errors of a forward result, each with its budget, by the rule of `Case.replay`."""
+    dtype = Case.parse(text).dtype
+    right, plain, moved = expected(text)
+    return [
+        judge(name, got, (plain[i], moved[i]), right[i], to)
+        for i, (name, got, to) in enumerate((("out", out, dtype), ("lse", lse, ROWS[dtype].accumulate)))
+    ]
+
+
+def complaint(text: str, errors: list[Error]) -> str:
+    """What to say of a case that is wrong; empty where it is right."""
+    if all(e.ok for e in errors):
+        return ""
+    return "\n".join([f'tilefold case "{text}"', *map(str, errors)])
