@@ -355,7 +355,8 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
 Settings resized(const Problem& p, const Kernels& k, Settings s) {
     const int64_t rows = std::max<int64_t>(1, p.q_len * (p.heads / p.kv_heads));
     s.tile_rows = std::clamp<int64_t>(s.tile_rows, 1, std::min<int64_t>(rows, k.most_rows));
-    s.block_k = std::clamp<int64_t>(up(s.block_k, 16), 16, SEGMENT);
+    if (s.tile_rows > k.tile_rows) s.tile_rows -= s.tile_rows % k.tile_rows;  // whole tiles
+    s.block_k = std::clamp<int64_t>(up(s.block_k, 32), 32, SEGMENT);
     const int64_t segments = p.layout == VARLEN ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
     s.splits = s.splits > 1 ? segments : 1;
     s.workers = std::clamp<int64_t>(s.workers, 1, MAX_THREADS);
