@@ -11,7 +11,7 @@ constexpr Kernels kernels_of() {
     k.lanes = LANES<E>;
     k.tile_rows = WIDEST * LANES<E>;
     k.most_rows = MOST_TILES * k.tile_rows;
-    k.block_k = sizeof(E) == 8 ? 64 : K::PAIR == 2 ? 256 : 128;
+    k.block_k = sizeof(E) == 8 ? 64 : K::PAIR == 2 && !K::IN_TILES ? 256 : 128;
     k.element = sizeof(E);
     k.key_bytes = P::always_keys ? sizeof(E) : 0;
     k.value_bytes = P::always_values ? sizeof(typename K::A) / K::PAIR : 0;

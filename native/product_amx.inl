@@ -1,6 +1,11 @@
 // The microkernel's override where the machine multiplies tiles in silicon: 32 rows of C by up to 48 lanes in six tile
 // registers, one more for A and one for B. Per step of 32 dims: 2 loads of A, 6 of B (8 cycles each from the first
 // cache) and 6 products of 16 cycles, so the unit is busy; C takes a detour through memory to become vectors.
+//
+// Measured per 128 keys x 48 lanes at dim 64: products 0.31 us for scores and 0.28 for values, as the unit allows; the
+// vectors of softmax 1.0 us (8 to 10 cycles each, the two ports are full); and 0.7 us more when the three follow one another,
+// which stay unexplained. Tried without gain: the next rows' products before this one's vectors, scores straight to their
+// place and one pass over them there, prefetch of values and accumulators during softmax, blocks of 32, 64 and 256 keys.
 
 namespace tilefold {
 namespace {

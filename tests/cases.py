@@ -1,7 +1,7 @@
 """The zoo: every problem that parity tests, machines and sanitizers are run through, one case string each.
 
-A bug begins here, with a failing line. `tilefold case "<line>"` replays one. LARGE is folded forward only, by each
-machine, because the oracle's gradient of it would take too long.
+A bug begins here, with a failing line. `tilefold case "<line>"` replays one. FORWARD is folded forward only, by each
+machine: its gradient takes too long, or does not exist (a weight rebuilt from scores of 1e30 is 0 or infinite).
 """
 
 ZOO = """
@@ -93,6 +93,7 @@ float32 b2 h1 q3 k2100 d16 kv_lengths=0,0
 float32 b2 h1 q3 k2100 d16 kv_lengths=0,0 q_lengths=0,2 sinks
 float32 h4/1 q2 k1300 d16 window=20,0 nan
 float32 h4/1 q2 k300 d16 predicate=3 nan
+float32 h1 q1 k257 d1 softcap=20 seed=40
 float64 h2 q5 k1500 d33
 float64 h8/1 q3 k1100 d33 v17 causal bias=11qk hide=0.3
 float64 h2 q53 k53 d8 dense=0.02 nan
@@ -123,10 +124,10 @@ bfloat16 h2 q90 k200 d16 window=20,0 nan
 bfloat16 h4/1 q2 k1300 d16 window=21,0 nan
 bfloat16 h2 q60 k700 d16 logits=peaked
 bfloat16 h2 q60 k2000 d16 logits=falling
-bfloat16 h2 q60 k700 d16 logits=huge
 """.strip().splitlines()
 
-LARGE = """
+FORWARD = """
+bfloat16 h2 q60 k700 d16 logits=huge
 float32 h1 q20 k45 d1500
 float64 h1 q20 k45 d1500
 float16 h1 q20 k45 d1500

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cases import LARGE, ZOO
+from cases import FORWARD, ZOO
 
 import tilefold as tf
 from tilefold.bench.case import Case
@@ -63,7 +63,7 @@ def fold(text: str) -> tuple[str, np.ndarray, np.ndarray]:
 if __name__ == "__main__":
     empty, np.empty = np.empty, poisoned
     results = {}
-    for n, text in enumerate([*ZOO, *LARGE]):
+    for n, text in enumerate([*ZOO, *FORWARD]):
         print(text, flush=True)
         isa, out, lse = fold(text)
         results |= {f"isa{n}": np.array(isa), f"out{n}": out.astype(np.float64), f"lse{n}": lse}

@@ -1,5 +1,7 @@
 """Every case of the zoo, on every backend, against the oracle in a wider type, with all fresh memory poisoned."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from cases import ZOO
@@ -12,16 +14,17 @@ from tilefold.bench.case import Case, replay
 from tilefold.call import Call, Options, understand
 from tilefold.fold import fold_shapes
 from tilefold.naive import naive, naive_grad
-from tilefold.problem import Has, Layout
+from tilefold.problem import Has, Layout, Want
 
 NAMES = [b.name for b in BACKENDS]
+NATIVE = BACKENDS[NAMES.index("native")]
 
 
 def understood(text: str, backend: str) -> Call:
     """A case as a call of one backend, its results full of NaN; skipped where the backend has a reason to refuse."""
     a = Case.parse(text).build()
     try:
-        call = understand(a.q, a.k, a.v, Options(**a.options), want=tf.problem.Want.LSE, backend=backend)
+        call = understand(a.q, a.k, a.v, Options(**a.options), want=Want.LSE, backend=backend)
     except tf.BackendRefused as refused:
         pytest.skip(str(refused))
     call.allocate()
@@ -54,7 +57,7 @@ def test_numpy_takes_the_workspace_that_its_plan_predicted(text):
     plan = call.plan
     tested = 2 * plan.block_k * plan.block_q * call.problem.group if "seen" in fold_shapes(plan) else 0
     assert used <= plan.workspace_bytes
-    if not {"dense=0", "k0"} & set(text.split()) and used:
+    if not {"dense=0", "k0", "kv_lengths=0,0"} & set(text.split()) and used:
         assert used in (plan.workspace_bytes, plan.workspace_bytes - tested)
 
 
@@ -74,19 +77,44 @@ def test_native_takes_the_workspace_that_its_plan_predicted(text):
 def test_native_predicts_every_size_and_order(dtype):
     """Groups that do not divide a tile, dims that are no whole vector, keys that lie in steps, plans resized."""
     wrong = []
-    for heads in ("h1", "h5/1", "h6/2", "h12/1"):
-        for sizes in ("q1 k5", "q7 k700", "q40 k2300", "q300 k130"):
-            for dims in ("d8", "d33", "d64", "d40 v17"):
-                for order in ("", "order=bshd", "order=strided", "order=fortran"):
-                    call = understood(f"{dtype} {heads} {sizes} {dims} {order}", "native")
-                    for block_q in (None, 1, 10):
-                        if block_q is not None:
-                            resized = tf.backends.BACKENDS[0].resize(call.plan, block_q, call.plan.block_k)
-                            call.plan = resized
-                        used = call.fold()
-                        if used != call.plan.workspace_bytes:
-                            wrong.append((heads, sizes, dims, order, block_q, used, call.plan.workspace_bytes))
+    heads, sizes = ("h1", "h5/1", "h6/2", "h12/1"), ("q1 k5", "q7 k700", "q40 k2300", "q300 k130")
+    dims, orders = ("d8", "d33", "d64", "d40 v17"), ("", "order=bshd", "order=strided", "order=fortran")
+    for words in product([dtype], heads, sizes, dims, orders):
+        call = understood(" ".join(words), "native")
+        for block_q in (call.plan.block_q, 1, 10):
+            call.plan = NATIVE.resize(call.plan, block_q, call.plan.block_k)
+            used, predicted = call.fold(), call.plan.workspace_bytes
+            if used != predicted:
+                wrong.append(f"{' '.join(words)}, tiles of {block_q}: {used} and not {predicted}")
     assert not wrong, f"{len(wrong)} predictions are wrong, the first: {wrong[:5]}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "h2/1 q60 k2100 d33 v17 causal",
+        "h2/1 q3 k1500 d64 window=700,0",
+        "h2 q50 k1100 d8 window=30,0 nan",
+        "h3/1 q2 k1100 d16 predicate=3 nan",
+        "b2 h2 q40 k130 d16 kv_lengths=130,31 causal nan",
+    ],
+)
+@pytest.mark.usefixtures("poisoned")
+def test_native_folds_in_blocks_of_any_size(case, dtype):
+    """Blocks that divide neither a segment nor the keys that a machine takes at once; tiles of any number of rows."""
+    text = f"{dtype} {case}"
+    call = understood(text, "native")
+    plan, seen = call.plan, set()
+    for block_q in (5, 1000):
+        for block_k in (1, 17, 48, 112, 333, 1000, 5000):
+            call.plan = NATIVE.resize(plan, block_q, block_k)
+            seen.add(call.plan.block_k)
+            call.allocate()
+            call.fold()
+            wrong = complaint(text, judged(text, call.out, call.lse))
+            assert not wrong, f"blocks of {block_q} x {block_k}: {wrong}"
+    assert len(seen) > 3
 
 
 @pytest.mark.parametrize("backend", NAMES)
