@@ -57,8 +57,8 @@ bool has_f16c() {
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 
-// Tiles of bf16, in the processor and granted by the operating system, which keeps their 8 KiB out of a thread's state
-// until a process asks.
+// Tiles of bf16, in the processor and granted by the operating system, which keeps their 8 KiB out of a
+// thread's state until a process asks.
 bool has_amx() {
     unsigned eax, ebx, ecx, edx;
     constexpr unsigned amx_bf16 = 1 << 22, amx_tile = 1 << 24;

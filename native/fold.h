@@ -1,6 +1,6 @@
-// What a kernel is told, and the table of kernels that each machine offers. Shared by code that is compiled once for
-// everyone and code that is compiled per machine, so nothing of the standard library may be included here: a weak
-// symbol compiled for AVX-512 could be linked for all.
+// What a kernel is told, and the table of kernels that each machine offers. Shared by code that is compiled
+// once for everyone and code that is compiled per machine, so nothing of the standard library may be included
+// here: a weak symbol compiled for AVX-512 could be linked for all.
 #pragma once
 
 #include "problem.h"
@@ -12,8 +12,9 @@ struct Strides {
     int64_t head = 0, row = 0, col = 0;
 };
 
-// The facts of a call that every piece of it shares. Query rows are counted through the heads that share a key head:
-// row r is query r / group of head r % group, so that neighbours in a tile see nearly the same keys.
+// The facts of a call that every piece of it shares. Query rows are counted through the heads that share a
+// key head: row r is query r / group of head r % group, so that neighbours in a tile see nearly the same
+// keys.
 struct Call {
     int64_t group, dim, v_dim;
     double scale, softcap;
@@ -38,10 +39,11 @@ struct Unit {
     const void *q, *k, *v;
     void *out, *lse;  // lse may be null
     int64_t q_len, kv_len;
-    int64_t first_row, last_row;  // the query rows to be folded, as rows of `spans` and `bits` count from first_row
-    Band band;                    // offset resolved
-    const void* bias;             // null without
-    const uint8_t* cells;         // a boolean array, null without
+    int64_t first_row,
+        last_row;          // the query rows to be folded, as rows of `spans` and `bits` count from first_row
+    Band band;             // offset resolved
+    const void* bias;      // null without
+    const uint8_t* cells;  // a boolean array, null without
     const int64_t *lo, *hi;       // spans per query from first_row, null without
     const uint8_t* bits;          // packed cells per query from first_row, null without
     const double *alibi, *sinks;  // per head of the group, null without
@@ -63,21 +65,21 @@ struct Piece {
     void* state;
 };
 
-// Keys are folded in segments of so many, each from empty, and segments are merged from left to right: the one
-// order that every plan keeps, whatever the rows, the threads or the splits.
+// Keys are folded in segments of so many, each from empty, and segments are merged from left to right: the
+// one order that every plan keeps, whatever the rows, the threads or the splits.
 constexpr int64_t SEGMENT = 1024;
 
 // What a machine offers for one storage type.
 struct Kernels {
-    int lanes;               // query rows in a vector
-    int tile_rows;           // query rows in a tile
-    int most_rows;           // query rows in a piece at most
-    int few_rows;            // up to so many query rows `row` is the faster one; 0 where there is no `row`
-    int block_k;             // keys per block
-    int element;             // bytes of an accumulator element
-    int key_bytes;           // bytes of a packed key's element, 0 where keys are read where they lie
-    int value_bytes;         // the same of values
-    int multiple;            // elements of keys that are read at once: rows are padded to a multiple of it
+    int lanes;        // query rows in a vector
+    int tile_rows;    // query rows in a tile
+    int most_rows;    // query rows in a piece at most
+    int few_rows;     // up to so many query rows `row` is the faster one; 0 where there is no `row`
+    int block_k;      // keys per block
+    int element;      // bytes of an accumulator element
+    int key_bytes;    // bytes of a packed key's element, 0 where keys are read where they lie
+    int value_bytes;  // the same of values
+    int multiple;     // elements of keys that are read at once: rows are padded to a multiple of it
     int64_t (*scratch)(const Call&, int64_t rows);
     void (*tile)(const Call&, const Unit&, const Piece&, Worker&);
     void (*row)(const Call&, const Unit&, const Piece&, Worker&);

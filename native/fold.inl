@@ -1,14 +1,15 @@
 // Sweep one on one machine: twin of fold.py, which is the specification.
 //
-// A tile is up to WIDEST vectors of query rows of one key head; a piece is up to MOST_TILES of them. For each block of keys: scores Sᵀ (keys × lanes) in
-// cache, their maximum, weights in place, then Oᵀ += Vᵀ·P; lanes are queries throughout, so maximum, sum and rescale are
-// vertical. Per score: 2·dim + 2·v_dim flops of multiply-add, and 17 vector operations of softmax (scale, max, store;
-// load, subtract, 11 of exp, add, store), that is 12 % of the arithmetic at dim 64 and 6 % at dim 128.
-// Reads per block: keys and values once (from L2 or beyond), Qᵀ once per strip of keys from L1.
+// A tile is up to WIDEST vectors of query rows of one key head; a piece is up to MOST_TILES of them. For each
+// block of keys: scores Sᵀ (keys × lanes) in cache, their maximum, weights in place, then Oᵀ += Vᵀ·P; lanes
+// are queries throughout, so maximum, sum and rescale are vertical. Per score: 2·dim + 2·v_dim flops of
+// multiply-add, and 17 vector operations of softmax (scale, max, store; load, subtract, 11 of exp, add,
+// store), that is 12 % of the arithmetic at dim 64 and 6 % at dim 128. Reads per block: keys and values once
+// (from L2 or beyond), Qᵀ once per strip of keys from L1.
 //
-// Each SEGMENT of keys is folded from empty, block by block on an absolute grid, and segments are merged left to right. A
-// hidden key adds exactly 0 and an all-hidden block leaves a lane as it is to the bit, so a row's bits depend on
-// nothing but its own keys.
+// Each SEGMENT of keys is folded from empty, block by block on an absolute grid, and segments are merged left
+// to right. A hidden key adds exactly 0 and an all-hidden block leaves a lane as it is to the bit, so a row's
+// bits depend on nothing but its own keys.
 
 namespace tilefold {
 namespace {
@@ -55,7 +56,8 @@ E settle(const Call& c, const Unit& u, const Row& row, E m, E d) {
     return d == 0 ? E(0) : 1 / d;
 }
 
-// What the tiles of a piece share: the block that is being folded, its scores, and where keys and values are read.
+// What the tiles of a piece share: the block that is being folded, its scores, and where keys and values are
+// read.
 template <class K, class T>
 struct Desk {
     using E = typename K::E;
@@ -66,15 +68,19 @@ struct Desk {
     const Call& c;
     const Unit& u;
     Worker& w;
-    const int64_t depth, pitch;  // of a score's dot product, and of a packed block of values, in A
-    E* scores;                   // and weights, in place
+    const int64_t depth, pitch;   // of a score's dot product, and of a packed block of values, in A
+    E* scores;                    // and weights, in place
     char *own_keys, *own_values;  // a block packed for this piece alone
     A* clean;                     // values without NaN and infinity
     uint8_t* seen;
     int64_t packed = -1;  // the block in own_keys and own_values
 
     Desk(const Call& c_, const Unit& u_, Worker& w_, Arena& a)
-        : c(c_), u(u_), w(w_), depth(up(c.dim, P::multiple) / K::PAIR), pitch(up(c.block_k, K::KEYS) / K::PAIR) {
+        : c(c_),
+          u(u_),
+          w(w_),
+          depth(up(c.dim, P::multiple) / K::PAIR),
+          pitch(up(c.block_k, K::KEYS) / K::PAIR) {
         const bool keys = P::always_keys || c.pack_keys;
         scores = a.template take<E>(up(c.block_k, K::KEYS) * N);
         own_keys = a.template take<char>(keys ? c.block_k * depth * int64_t(sizeof(A)) : 0);
@@ -95,10 +101,11 @@ struct Desk {
         if (P::always_keys || c.pack_keys)
             b.keys = {reinterpret_cast<const A*>(keys), depth, 1};
         else
-            b.keys = {reinterpret_cast<const A*>(static_cast<const T*>(u.k) + k0 * c.k.row), c.k.row / K::PAIR,
-                      K::PAIR == 1 ? c.k.col : 1};
+            b.keys = {reinterpret_cast<const A*>(static_cast<const T*>(u.k) + k0 * c.k.row),
+                      c.k.row / K::PAIR, K::PAIR == 1 ? c.k.col : 1};
         if constexpr (!P::always_values)
-            b.values = {reinterpret_cast<const A*>(static_cast<const T*>(u.v) + k0 * c.v.row), c.v.col, c.v.row};
+            b.values = {reinterpret_cast<const A*>(static_cast<const T*>(u.v) + k0 * c.v.row), c.v.col,
+                        c.v.row};
         else if constexpr (K::PAIR == 1)
             b.values = {reinterpret_cast<const A*>(values), 1, c.v_dim};
         else
@@ -106,7 +113,7 @@ struct Desk {
         return b;
     }
 
-  private:
+   private:
     // The unit's shared panels: whoever needs a block first fills it, the others wait for that.
     void from_panel(int64_t k0, int64_t k1, char*& keys, char*& values) {
         const int64_t n = k0 / c.block_k;
@@ -132,8 +139,10 @@ struct Desk {
         } else {
 #ifdef TILEFOLD_HAS_DOT2
             if (c.pack_keys)
-                copy_rows(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<BFloat*>(keys), depth * K::PAIR);
-            pack_value_pairs(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<uint32_t*>(values), pitch);
+                copy_rows(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<BFloat*>(keys),
+                          depth * K::PAIR);
+            pack_value_pairs(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<uint32_t*>(values),
+                             pitch);
 #endif
         }
     }
@@ -167,7 +176,8 @@ struct Tile {
     // ---- the steps of a block ----
 
     // Scores of keys j0 … j1 (block starts at k0) into scores[j − j0]; raises `top`.
-    void score(Desk<K, T>& desk, const Block<K>& b, int64_t k0, int64_t j0, int64_t j1, Kind kind, Vec<E> (&top)[NR]) {
+    void score(Desk<K, T>& desk, const Block<K>& b, int64_t k0, int64_t j0, int64_t j1, Kind kind,
+               Vec<E> (&top)[NR]) {
         const Call& c = desk.c;
         const Unit& u = desk.u;
         const bool plain = c.softcap == NO_SOFTCAP && !u.bias && !u.alibi && !sight.holes;
@@ -175,12 +185,14 @@ struct Tile {
         E* const s = desk.scores - (j0 - k0) * N;  // by key of the block
         if (!plain) {
             const Vec<E> scale = set<E>(E(c.scale));
-            product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, [=](int64_t j, auto& acc) TILEFOLD_LAMBDA {
-                constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
-                each<MR>([&](auto r) TILEFOLD_LAMBDA {
-                    each<NR>([&](auto i) TILEFOLD_LAMBDA { store(s + (j + r) * N + i * W, acc[r][i] * scale); });
+            product<K, NR>(
+                b.keys, queries, desk.depth, j0 - k0, j1 - k0, [=](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+                    constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+                    each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                        each<NR>([&](auto i)
+                                     TILEFOLD_LAMBDA { store(s + (j + r) * N + i * W, acc[r][i] * scale); });
+                    });
                 });
-            });
             finish_scores<E, NR>(c, u, sight, r0, rows, j0, j1, edge, desk.scores, top);
             return;
         }
@@ -196,7 +208,8 @@ struct Tile {
         }
         Vec<E> highest[NR];  // copies that stores cannot alias, so that they may stay in registers
         each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = top[i]; });
-        product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+        product<K,
+                NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
             constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
             E* const to = s + j * N;
             if (__builtin_expect(k0 + j < full0 || k0 + j + MR > full1, 0)) {
@@ -226,7 +239,8 @@ struct Tile {
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = highest[i]; });
     }
 
-    // Scores become weights, in place; for pairs two rows become one of bf16 pairs. Returns their sums in `sum`.
+    // Scores become weights, in place; for pairs two rows become one of bf16 pairs. Returns their sums in
+    // `sum`.
     static void weigh(E* scores, int64_t keys, const Vec<E> (&shift)[NR], Vec<E> (&sum)[NR]) {
         Vec<E> total_of[NR], less[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { total_of[i] = Vec<E>{}, less[i] = shift[i]; });
@@ -239,7 +253,8 @@ struct Tile {
                 });
         } else {
             const int64_t whole = up(keys, K::KEYS);
-            for (E *s = scores + keys * N, *end = scores + whole * N; s < end; s += W) store(s, set<E>(-INFINITE<E>));
+            for (E *s = scores + keys * N, *end = scores + whole * N; s < end; s += W)
+                store(s, set<E>(-INFINITE<E>));
             E* to = scores;
             for (E *s = scores, *end = scores + whole * N; s < end; s += 2 * N, to += N)
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
@@ -258,7 +273,8 @@ struct Tile {
     void accumulate(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
         const int64_t steps = up(keys, K::KEYS) / K::PAIR;
         const A* p = reinterpret_cast<const A*>(desk.scores);
-        E* const to = part;  // vectors may alias anything, so what a strip needs is copied to where they cannot reach
+        E* const to =
+            part;  // vectors may alias anything, so what a strip needs is copied to where they cannot reach
         const bool fresh = first;
         Vec<E> factor_of[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { factor_of[i] = keep[i]; });
@@ -285,7 +301,8 @@ struct Tile {
     }
 
     // The product with non-finite values taken as 0, then each of them added to the lanes that see it.
-    void accumulate_carefully(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
+    void accumulate_carefully(const Desk<K, T>& desk, Source<A> values, int64_t keys,
+                              const Vec<E> (&keep)[NR]) {
         const int64_t steps = up(keys, K::KEYS) / K::PAIR;
         for (int64_t d = 0; d < desk.c.v_dim; d++)
             for (int64_t k = 0; k < steps; k++) {
@@ -364,7 +381,8 @@ struct Tile {
         first = false;
     }
 
-    // Looks at what the segment gave; only where something is not finite and something is hidden is it done again.
+    // Looks at what the segment gave; only where something is not finite and something is hidden is it done
+    // again.
     void check(Desk<K, T>& desk, int64_t s0, int64_t s1) {
         if (first || !hidden || all_finite(desk.c)) return;
         begin_segment();
@@ -456,8 +474,8 @@ struct Tile {
     }
 };
 
-// All the rows of a piece, as tiles that are folded block by block together: a block of keys and values comes from
-// memory once for all of them, and then from the second cache.
+// All the rows of a piece, as tiles that are folded block by block together: a block of keys and values comes
+// from memory once for all of them, and then from the second cache.
 template <class K, class T>
 struct Tiles {
     using E = typename K::E;

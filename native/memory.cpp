@@ -24,8 +24,10 @@ Memory::Memory(int64_t bytes) : data_(nullptr), bytes_(bytes), capacity_(0) {
     if (bytes > KEPT) {
         if (bytes > INT64_MAX / 2) throw std::bad_alloc();
     } else if (Kept* k = kept.exchange(nullptr)) {
-        if (k->capacity >= bytes) data_ = k->data, capacity_ = k->capacity;
-        else free(k->data);
+        if (k->capacity >= bytes)
+            data_ = k->data, capacity_ = k->capacity;
+        else
+            free(k->data);
         delete k;
         if (data_) return;
     }

@@ -1,5 +1,5 @@
-// The memory of calls: aligned, counted, and kept for the next call while it is small, since fresh pages cost more than
-// a small call's arithmetic.
+// The memory of calls: aligned, counted, and kept for the next call while it is small, since fresh pages cost
+// more than a small call's arithmetic.
 #pragma once
 
 #include <stdint.h>

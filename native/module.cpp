@@ -91,11 +91,11 @@ template <class A>
 Array array(const A& x) {
     const nb::dlpack::dtype t = x.dtype();
     const bool real = t.code == uint8_t(nb::dlpack::dtype_code::Float);
-    const DType type = t.bits == 8               ? DType::uint8
-                       : t.bits == 64            ? DType::float64
-                       : t.bits == 32            ? DType::float32
+    const DType type = t.bits == 8            ? DType::uint8
+                       : t.bits == 64         ? DType::float64
+                       : t.bits == 32         ? DType::float32
                        : real && t.bits == 16 ? DType::float16
-                                                 : DType::bfloat16;
+                                              : DType::bfloat16;
     // An empty array may have no memory, and must not be taken for one that was not given.
     static char nothing;
     char* data = static_cast<char*>(const_cast<void*>(static_cast<const void*>(x.data())));
@@ -129,16 +129,30 @@ bool interrupted(void*) {
 // A problem and how it is folded: made once per plan, run for every call.
 class Fold {
    public:
-    Fold(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t dim, int64_t v_dim,
-         const std::string& q_dtype, const std::string& kv_dtype, const std::string& acc_dtype, double scale,
-         std::optional<double> softcap, double dropout,
-         std::tuple<std::optional<int64_t>, std::optional<int64_t>, std::optional<int64_t>> band, int layout, int has,
-         int want)
-        : problem_{batch, heads, kv_heads, q_len, kv_len, dim, v_dim, dtype(q_dtype), dtype(kv_dtype),
-                   dtype(acc_dtype), scale, softcap.value_or(tilefold::NO_SOFTCAP), dropout,
-                   {std::get<0>(band).value_or(tilefold::UNLIMITED), std::get<1>(band).value_or(tilefold::UNLIMITED),
+    Fold(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t dim,
+         int64_t v_dim, const std::string& q_dtype, const std::string& kv_dtype, const std::string& acc_dtype,
+         double scale, std::optional<double> softcap, double dropout,
+         std::tuple<std::optional<int64_t>, std::optional<int64_t>, std::optional<int64_t>> band, int layout,
+         int has, int want)
+        : problem_{batch,
+                   heads,
+                   kv_heads,
+                   q_len,
+                   kv_len,
+                   dim,
+                   v_dim,
+                   dtype(q_dtype),
+                   dtype(kv_dtype),
+                   dtype(acc_dtype),
+                   scale,
+                   softcap.value_or(tilefold::NO_SOFTCAP),
+                   dropout,
+                   {std::get<0>(band).value_or(tilefold::UNLIMITED),
+                    std::get<1>(band).value_or(tilefold::UNLIMITED),
                     std::get<2>(band).value_or(tilefold::PER_SEQUENCE)},
-                   tilefold::Layout(layout), tilefold::Has(has), tilefold::Want(want)},
+                   tilefold::Layout(layout),
+                   tilefold::Has(has),
+                   tilefold::Want(want)},
           machine_(tilefold::choose(std::getenv("TILEFOLD_ISA"))),
           kernels_(machine_.kernels(problem_.q_dtype)),
           settings_(tilefold::plan(problem_, kernels_, 1)) {}
@@ -149,17 +163,17 @@ class Fold {
         return settings();
     }
 
-    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> resize(int64_t tile_rows, int64_t block_k, int64_t splits,
-                                                                   int64_t workers) {
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> resize(int64_t tile_rows, int64_t block_k,
+                                                                   int64_t splits, int64_t workers) {
         settings_ = tilefold::resized(problem_, kernels_, {tile_rows, block_k, splits, workers});
         return settings();
     }
 
     int64_t run(Input q, Input k, Input v, Output out, std::optional<Output> lse, std::optional<Input> bias,
                 std::optional<Input> cells, std::optional<Floats> alibi, std::optional<Floats> sinks,
-                std::optional<Integers> q_ends, std::optional<Integers> kv_ends, int64_t first_row, int64_t last_row,
-                int64_t frame, int64_t head, std::optional<Integers> lo, std::optional<Integers> hi,
-                std::optional<Bytes> bits, int64_t bits_start, int team) const {
+                std::optional<Integers> q_ends, std::optional<Integers> kv_ends, int64_t first_row,
+                int64_t last_row, int64_t frame, int64_t head, std::optional<Integers> lo,
+                std::optional<Integers> hi, std::optional<Bytes> bits, int64_t bits_start, int team) const {
         const tilefold::Arrays arrays{array(q),
                                       array(k),
                                       array(v),
@@ -174,7 +188,8 @@ class Fold {
         tilefold::Selection part{};
         part.frame = frame, part.head = head, part.first_row = first_row, part.last_row = last_row;
         if (lo) part.spans = int64_t(lo->shape(1)), part.lo = lo->data(), part.hi = hi->data();
-        if (bits) part.bits = bits->data(), part.bits_bytes = int64_t(bits->shape(1)), part.bits_start = bits_start;
+        if (bits)
+            part.bits = bits->data(), part.bits_bytes = int64_t(bits->shape(1)), part.bits_start = bits_start;
         return fold(arrays, part, team);
     }
 
@@ -199,7 +214,7 @@ class Fold {
             bytes = tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
         } catch (const std::bad_alloc&) {
             PyErr_Format(PyExc_MemoryError, "unable to allocate %lld bytes of workspace",
-                         static_cast<long long>(tilefold::workspace(problem_, kernels_, settings_, false)));
+                         static_cast<long long>(tilefold::workspace(problem_, kernels_, settings_)));
         }
         if (PyErr_Occurred()) throw nb::python_error();
         return bytes;
@@ -207,7 +222,7 @@ class Fold {
 
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> settings() const {
         return {settings_.tile_rows, settings_.block_k, settings_.splits, settings_.workers,
-                tilefold::workspace(problem_, kernels_, settings_, false)};
+                tilefold::workspace(problem_, kernels_, settings_)};
     }
 
     tilefold::Problem problem_;
@@ -238,23 +253,26 @@ NB_MODULE(_core, m) {
     m.def("openmp_path", &tilefold::openmp_path, "The OpenMP library that can be borrowed, or None.");
     m.def("peak", &peak, "what"_a, "threads"_a, "seconds"_a = 0.02, "bytes"_a = size_t(256) << 20,
           nb::call_guard<nb::gil_scoped_release>(),
-          "Measure what this machine can do at best: operations per second of f32, f64, bf16_dot or amx, or bytes per "
+          "Measure what this machine can do at best: operations per second of f32, f64, bf16_dot or amx, or "
+          "bytes per "
           "second of read; 0 where it has no such thing.");
     nb::class_<Fold>(m, "Fold", "A problem and how it is folded.")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&,
                       const std::string&, const std::string&, double, std::optional<double>, double,
-                      std::tuple<std::optional<int64_t>, std::optional<int64_t>, std::optional<int64_t>>, int, int,
-                      int>(),
-             "batch"_a, "heads"_a, "kv_heads"_a, "q_len"_a, "kv_len"_a, "dim"_a, "v_dim"_a, "q_dtype"_a, "kv_dtype"_a,
-             "acc_dtype"_a, "scale"_a, "softcap"_a.none(), "dropout"_a, "band"_a, "layout"_a, "has"_a, "want"_a)
+                      std::tuple<std::optional<int64_t>, std::optional<int64_t>, std::optional<int64_t>>, int,
+                      int, int>(),
+             "batch"_a, "heads"_a, "kv_heads"_a, "q_len"_a, "kv_len"_a, "dim"_a, "v_dim"_a, "q_dtype"_a,
+             "kv_dtype"_a, "acc_dtype"_a, "scale"_a, "softcap"_a.none(), "dropout"_a, "band"_a, "layout"_a,
+             "has"_a, "want"_a)
         .def_prop_ro("isa", &Fold::isa, "The machine whose kernels run.")
         .def("plan", &Fold::plan, "threads"_a,
              "Choose: (query rows of a tile, keys of a block, splits, workers, bytes of workspace).")
         .def("resize", &Fold::resize, "tile_rows"_a, "block_k"_a, "splits"_a, "workers"_a,
              "Use the nearest settings that the kernels can do; the same tuple.")
-        .def("run", &Fold::run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "bias"_a.none(), "cells"_a.none(),
-             "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(), "first_row"_a, "last_row"_a,
-             "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(), "bits_start"_a, "team"_a,
+        .def("run", &Fold::run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "bias"_a.none(),
+             "cells"_a.none(), "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(),
+             "first_row"_a, "last_row"_a, "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(),
+             "bits_start"_a, "team"_a,
              "Fill out and lse; the bytes of workspace it took. Arrays of bfloat16 come as uint16.")
         .def("run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
              "The same for a whole call without optional arrays; -1 if an array is misaligned.");

@@ -1,5 +1,5 @@
-// The only code that knows storage types and layouts. Queries become Qᵀ (lanes are queries), keys and values become
-// panels where storage is not already what the microkernel reads, outputs go back to rows.
+// The only code that knows storage types and layouts. Queries become Qᵀ (lanes are queries), keys and values
+// become panels where storage is not already what the microkernel reads, outputs go back to rows.
 
 namespace tilefold {
 namespace {
@@ -9,7 +9,8 @@ TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) { ret
 
 // Where W rows of an array lie, from row r0 + i on; lanes beyond `rows` repeat the last one.
 template <int W, class T>
-TILEFOLD_INLINE void rows_from(T* base, const Strides& s, int64_t group, int64_t r0, int64_t i, int64_t rows, T* (&at)[W]) {
+TILEFOLD_INLINE void rows_from(T* base, const Strides& s, int64_t group, int64_t r0, int64_t i, int64_t rows,
+                               T* (&at)[W]) {
     Row row(r0 + least(i, rows - 1), group);
     for (int r = 0; r < W; r++) {
         at[r] = base + row.at(s);
@@ -55,9 +56,7 @@ void pack_query_pairs(const Call& c, const Unit& u, int64_t r0, int64_t rows, in
                     x[r] = load(reinterpret_cast<const float*>(from[r] + 2 * p));
                 });
                 transpose<float>(x);
-                each<W>([&](auto r) TILEFOLD_LAMBDA {
-                    store(to + (p + r) * N + i, bits_as<U32>(x[r]));
-                });
+                each<W>([&](auto r) TILEFOLD_LAMBDA { store(to + (p + r) * N + i, bits_as<U32>(x[r])); });
             }
         for (; p < pairs; p++)
             for (int r = 0; r < W; r++) {
@@ -95,8 +94,8 @@ inline void copy_rows(const BFloat* from, int64_t row, int64_t col, int64_t n, i
 }
 
 #ifdef TILEFOLD_HAS_DOT2
-// Values [n][width] as pairs of keys by dimension, [width][pitch] of pairs: Vᵀ, so that a row of A is a dimension.
-// Keys beyond n count as 0 up to `pitch` pairs; rows up to a multiple of 16 dimensions are filled.
+// Values [n][width] as pairs of keys by dimension, [width][pitch] of pairs: Vᵀ, so that a row of A is a
+// dimension. Keys beyond n count as 0 up to `pitch` pairs; rows up to a multiple of 16 dimensions are filled.
 inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64_t n, int64_t width,
                              uint32_t* to, int64_t pitch) {
     constexpr int W = LANES<float>;
@@ -110,13 +109,12 @@ inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64
                     Short even, odd;
                     memcpy(&even, from + 2 * (p0 + r) * row + d, sizeof even);
                     memcpy(&odd, from + (2 * (p0 + r) + 1) * row + d, sizeof odd);
-                    x[r] = bits_as<F32>(__builtin_convertvector(even, U32) |
-                                        __builtin_convertvector(odd, U32) << 16);
+                    x[r] = bits_as<F32>(__builtin_convertvector(even, U32) | __builtin_convertvector(odd, U32)
+                                                                                 << 16);
                 });
                 transpose<float>(x);
-                each<W>([&](auto r) TILEFOLD_LAMBDA {
-                    store(to + (d + r) * pitch + p0, bits_as<U32>(x[r]));
-                });
+                each<W>([&](auto r)
+                            TILEFOLD_LAMBDA { store(to + (d + r) * pitch + p0, bits_as<U32>(x[r])); });
             }
         for (; d < width; d++)
             for (int64_t p = p0; p < least(p0 + W, pitch); p++) {

@@ -1,21 +1,22 @@
-// The one microkernel: C[rows][N] = A · B, where A is read as scalar broadcasts from wherever it lies and the lanes of
-// B and C are queries. By strides alone it serves K·Qᵀ (rows are keys, depth is dim) and Vᵀ·P (rows are value
-// dimensions, depth is keys), so neither keys nor values are rearranged.
+// The one microkernel: C[rows][N] = A · B, where A is read as scalar broadcasts from wherever it lies and the
+// lanes of B and C are queries. By strides alone it serves K·Qᵀ (rows are keys, depth is dim) and Vᵀ·P (rows
+// are value dimensions, depth is keys), so neither keys nor values are rearranged.
 //
-// Cost of one step of depth with 8 rows and 3 vectors of lanes: 24 multiply-adds, 8 broadcasts, 3 loads; the loads take
-// 5.5 of the 12 cycles that two multiply-add units need. 24 accumulators, 3 vectors of B and one broadcast fill 28 of 32
-// registers. Measured on an Intel core whose registers alone give 93 % of two per cycle: 3 loads of B cost 1 %, the 8
-// broadcasts 9 %, the counting 2 %, so 82 % is what this loop can give there (a wide matrix product of MKL gives 78 %).
-// Tried on AVX-512: 16 × 2 spills, 8 × 1 waits for latency (16 × 1 does not), 6 × 4 and 4 × 6 and 9 × 3 are no faster, nor is
-// depth by twos; broadcasts inside the multiply-adds are 15 % slower.
+// Cost of one step of depth with 8 rows and 3 vectors of lanes: 24 multiply-adds, 8 broadcasts, 3 loads; the
+// loads take 5.5 of the 12 cycles that two multiply-add units need. 24 accumulators, 3 vectors of B and one
+// broadcast fill 28 of 32 registers. Measured on an Intel core whose registers alone give 93 % of two per
+// cycle: 3 loads of B cost 1 %, the 8 broadcasts 9 %, the counting 2 %, so 82 % is what this loop can give
+// there (a wide matrix product of MKL gives 78 %). Tried on AVX-512: 16 × 2 spills, 8 × 1 waits for latency
+// (16 × 1 does not), 6 × 4 and 4 × 6 and 9 × 3 are no faster, nor is depth by twos; broadcasts inside the
+// multiply-adds are 15 % slower.
 
 namespace tilefold {
 namespace {
 
 constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or dims per A. It
-// takes keys in multiples of KEYS, and depth in multiples of DEPTH.
+// How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or
+// dims per A. It takes keys in multiples of KEYS, and depth in multiples of DEPTH.
 struct Single {
     using E = float;
     using A = float;
@@ -53,8 +54,8 @@ struct Source {
 };
 
 template <class K, int MR, int NR>
-TILEFOLD_INLINE void strip(Vec<typename K::E> (&acc)[MR][NR], Source<typename K::A> a,
-                           const typename K::A* b, int64_t depth) {
+TILEFOLD_INLINE void strip(Vec<typename K::E> (&acc)[MR][NR], Source<typename K::A> a, const typename K::A* b,
+                           int64_t depth) {
     constexpr int W = LANES<typename K::E>;
     each<MR>([&](auto r) TILEFOLD_LAMBDA {
         each<NR>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = Vec<typename K::E>{}; });
@@ -71,8 +72,8 @@ TILEFOLD_INLINE void strip(Vec<typename K::E> (&acc)[MR][NR], Source<typename K:
     }
 }
 
-// Rows r0 … r1 of A · B, handed to `take(r, acc)` strip by strip; rows counted from where `a` stands. Every element of
-// C is one chain of additions in ascending depth, however many rows a strip has.
+// Rows r0 … r1 of A · B, handed to `take(r, acc)` strip by strip; rows counted from where `a` stands. Every
+// element of C is one chain of additions in ascending depth, however many rows a strip has.
 template <class K, int NR, class Take>
     requires(!K::IN_TILES)
 TILEFOLD_INLINE void product(Source<typename K::A> a, const typename K::A* b, int64_t depth, int64_t r0,

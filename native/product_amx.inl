@@ -1,11 +1,13 @@
-// The microkernel's override where the machine multiplies tiles in silicon: 32 rows of C by up to 48 lanes in six tile
-// registers, one more for A and one for B. Per step of 32 dims: 2 loads of A, 6 of B (8 cycles each from the first
-// cache) and 6 products of 16 cycles, so the unit is busy; C takes a detour through memory to become vectors.
+// The microkernel's override where the machine multiplies tiles in silicon: 32 rows of C by up to 48 lanes in
+// six tile registers, one more for A and one for B. Per step of 32 dims: 2 loads of A, 6 of B (8 cycles each
+// from the first cache) and 6 products of 16 cycles, so the unit is busy; C takes a detour through memory to
+// become vectors.
 //
-// Measured per 128 keys x 48 lanes at dim 64: products 0.31 us for scores and 0.28 for values, as the unit allows; the
-// vectors of softmax 1.0 us (8 to 10 cycles each, the two ports are full); and 0.7 us more when the three follow one another,
-// which stay unexplained. Tried without gain: the next rows' products before this one's vectors, scores straight to their
-// place and one pass over them there, prefetch of values and accumulators during softmax, blocks of 32, 64 and 256 keys.
+// Measured per 128 keys x 48 lanes at dim 64: products 0.31 us for scores and 0.28 for values, as the unit
+// allows; the vectors of softmax 1.0 us (8 to 10 cycles each, the two ports are full); and 0.7 us more when
+// the three follow one another, which stay unexplained. Tried without gain: the next rows' products before
+// this one's vectors, scores straight to their place and one pass over them there, prefetch of values and
+// accumulators during softmax, blocks of 32, 64 and 256 keys.
 
 namespace tilefold {
 namespace {
@@ -81,7 +83,8 @@ TILEFOLD_INLINE void tile_product(const uint32_t* a0, int64_t row0, const uint32
 
 template <class K, int NR, class Take>
     requires(K::IN_TILES)
-TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1, Take&& take) {
+TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
+                             Take&& take) {
     constexpr int64_t DEEPEST = 512;  // pairs of a block's keys or of 1024 dims
     alignas(64) float c[32 * NR * 16];
     alignas(64) uint32_t rest[16 * DEEPEST];  // the last rows, where a whole tile would read beyond them
@@ -92,7 +95,8 @@ TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t dept
         int64_t row0 = a.row, row1 = a.row;
         if (rows % 16) {
             const uint32_t* from = rows < 16 ? a0 : a1;
-            for (int64_t x = 0; x < rows % 16; x++) memcpy(rest + x * depth, from + x * a.row, size_t(depth) * 4);
+            for (int64_t x = 0; x < rows % 16; x++)
+                memcpy(rest + x * depth, from + x * a.row, size_t(depth) * 4);
             (rows < 16 ? a0 : a1) = rest;
             (rows < 16 ? row0 : row1) = depth;
         }

@@ -1,10 +1,10 @@
-// Sweep one for few query rows: decoding. Arithmetic is scarce there and memory is not, so keys and values are read once, in
-// the order in which they lie, and serve all the rows (the heads that share them).
+// Sweep one for few query rows: decoding. Arithmetic is scarce there and memory is not, so keys and values
+// are read once, in the order in which they lie, and serve all the rows (the heads that share them).
 //
-// Scores: lanes are keys, so W rows of keys are transposed in registers; per key of 128 floats that is 32 shuffles and 8
-// multiply-adds per query row. Values: lanes are dimensions. Each element is summed in the very order of fold.inl, so a row
-// has the same bits here and there: decoding reproduces prefill. Tried: dot products along the dimensions, which need no
-// shuffles but sum in another order.
+// Scores: lanes are keys, so W rows of keys are transposed in registers; per key of 128 floats that is 32
+// shuffles and 8 multiply-adds per query row. Values: lanes are dimensions. Each element is summed in the
+// very order of fold.inl, so a row has the same bits here and there: decoding reproduces prefill. Tried: dot
+// products along the dimensions, which need no shuffles but sum in another order.
 
 namespace tilefold {
 namespace {
@@ -24,12 +24,14 @@ TILEFOLD_INLINE Vec<E> some(const T* p, int64_t col, int64_t n) {
 #ifdef TILEFOLD_HAS_DOT2
 __attribute__((noinline)) U32 gathered_pairs(const BFloat* p, int64_t col, int64_t n) {
     U32 x{};
-    for (int64_t i = 0; i < least(n, 2 * LANES<float>); i++) x[i / 2] |= uint32_t(p[i * col].bits) << (i % 2 * 16);
+    for (int64_t i = 0; i < least(n, 2 * LANES<float>); i++)
+        x[i / 2] |= uint32_t(p[i * col].bits) << (i % 2 * 16);
     return x;
 }
 // The same for pairs of bf16 dims: n of them, two to a lane.
 TILEFOLD_INLINE U32 some_pairs(const BFloat* p, int64_t col, int64_t n) {
-    if (__builtin_expect(n >= 2 * LANES<float> && col == 1, 1)) return load(reinterpret_cast<const uint32_t*>(p));
+    if (__builtin_expect(n >= 2 * LANES<float> && col == 1, 1))
+        return load(reinterpret_cast<const uint32_t*>(p));
     return gathered_pairs(p, col, n);
 }
 #endif
@@ -82,8 +84,9 @@ struct Rows {
                 if constexpr (PAIR == 1)
                     queries[r * depth + d] = d < c.dim ? E(one(from[d * c.q.col])) : E(0);
                 else
-                    queries[r * depth + d] = (2 * d < c.dim ? uint32_t(from[2 * d * c.q.col].bits) : 0u) |
-                                             (2 * d + 1 < c.dim ? uint32_t(from[(2 * d + 1) * c.q.col].bits) << 16 : 0u);
+                    queries[r * depth + d] =
+                        (2 * d < c.dim ? uint32_t(from[2 * d * c.q.col].bits) : 0u) |
+                        (2 * d + 1 < c.dim ? uint32_t(from[(2 * d + 1) * c.q.col].bits) << 16 : 0u);
             }
         }
         empty = !u.sinks;
@@ -158,7 +161,8 @@ struct Rows {
                 Vec<E> x = acc[r];
                 if (!plain) x = transformed(x, r, j, n);
                 if (kind == Kind::EDGE || n < W)
-                    x = select<E>(visible(r, j, at) & (at < typename Float<E>::Integer(n)), x, set<E>(-INFINITE<E>));
+                    x = select<E>(visible(r, j, at) & (at < typename Float<E>::Integer(n)), x,
+                                  set<E>(-INFINITE<E>));
                 highest[r] = max(x, highest[r]);
                 store(scores + r * keys_most + (j - j0), x);
             });
@@ -184,7 +188,7 @@ struct Rows {
     __attribute__((noinline)) Vec<E> transformed(Vec<E> x, int r, int64_t j, int64_t n) const {
         const int64_t row = row_of(r), i = row / c.group, g = row % c.group;
         const Vec<E> none = set<E>(-INFINITE<E>);
-        if (c.softcap != NO_SOFTCAP) x = set<E>(E(c.softcap)) * tanh<E>(x * set<E>(E(1 / c.softcap)));
+        if (c.softcap != NO_SOFTCAP) x = set<E>(E(c.softcap)) * tanh<E>(x / set<E>(E(c.softcap)));
         M hide{};
         if (u.bias) {
             const int64_t from = g * c.bias.head + i * c.bias.row + j * c.bias.col;
@@ -194,15 +198,17 @@ struct Rows {
             x += bias;
         }
         if (u.alibi) {
-            // The same differences as in a tile, whose first key they are counted from there: small integers, exact.
+            // The same differences as in a tile, whose first key they are counted from there: small integers,
+            // exact.
             const Vec<E> far = set<E>(E(i + u.band.offset - j)) - iota<E>();
             x -= set<E>(E(u.alibi[g])) * max(far, -far);
         }
         x = select<E>(x == x, x, set<E>(E(__builtin_nan(""))));
         for (int k = 0; k < n && (u.bits || u.cells); k++) {
             const int64_t bit = j + k - c.bits_start;
-            const bool shown = (!u.bits || (u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) &&
-                               (!u.cells || u.cells[g * c.cells.head + i * c.cells.row + (j + k) * c.cells.col]);
+            const bool shown =
+                (!u.bits || (u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) &&
+                (!u.cells || u.cells[g * c.cells.head + i * c.cells.row + (j + k) * c.cells.col]);
             if (!shown) hide[k] = -1;
         }
         return select<E>(hide, none, x);
@@ -242,7 +248,8 @@ struct Rows {
         const T* v = static_cast<const T*>(u.v) + j0 * c.v.row + d * c.v.col;
         const A* p = weights;
         Vec<E> acc[R][C];
-        each<R>([&](auto r) TILEFOLD_LAMBDA { each<C>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = Vec<E>{}; }); });
+        each<R>([&](auto r)
+                    TILEFOLD_LAMBDA { each<C>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = Vec<E>{}; }); });
         const bool whole = c.v.col == 1 && d + C * W <= c.v_dim;
         for (int64_t k = 0; k < j1 - j0; k += PAIR, v += PAIR * c.v.row, p++) {
             Vec<A> x[C];
@@ -259,7 +266,8 @@ struct Rows {
             });
         });
     }
-    // W values of one key from dim d + `more` on, or pairs of two keys'; carefully: what is not finite counts as 0.
+    // W values of one key from dim d + `more` on, or pairs of two keys'; carefully: what is not finite counts
+    // as 0.
     template <bool CAREFUL>
     TILEFOLD_INLINE Vec<A> values(const T* v, int64_t more, bool whole, int64_t d, int64_t keys) const {
         const auto one_key = [&](const T* from) TILEFOLD_LAMBDA {
@@ -321,7 +329,8 @@ struct Rows {
             max_part[r] = top[r];
         }
         weigh(j1 - j0, shift, added);
-        for (int r = 0; r < R; r++) sum_part[r] = fma(set<E>(sum_part[r]), set<E>(keep[r]), set<E>(added[r]))[0];
+        for (int r = 0; r < R; r++)
+            sum_part[r] = fma(set<E>(sum_part[r]), set<E>(keep[r]), set<E>(added[r]))[0];
         accumulate<CAREFUL>(j0, j1, keep);
         if constexpr (CAREFUL) add_infinite(j0, j1, seen);
         first = false;

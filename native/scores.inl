@@ -1,6 +1,7 @@
 // scale → softcap → bias and ALiBi → mask: the one order of score transforms. Twin of scores.py.
 // A hidden score is −inf whatever it was.
-// A block without transforms never comes here: its scale and its diagonal are applied in registers (fold.inl).
+// A block without transforms never comes here: its scale and its diagonal are applied in registers
+// (fold.inl).
 
 namespace tilefold {
 namespace {
@@ -12,16 +13,21 @@ constexpr E INFINITE = E(__builtin_inf());
 template <class E>
 TILEFOLD_INLINE E number(const void* p, DType type, int64_t at) {
     switch (type) {
-        case DType::float16: return E(one(static_cast<const Half*>(p)[at]));
-        case DType::bfloat16: return E(one(static_cast<const BFloat*>(p)[at]));
-        case DType::float32: return E(static_cast<const float*>(p)[at]);
-        default: return E(static_cast<const double*>(p)[at]);
+        case DType::float16:
+            return E(one(static_cast<const Half*>(p)[at]));
+        case DType::bfloat16:
+            return E(one(static_cast<const BFloat*>(p)[at]));
+        case DType::float32:
+            return E(static_cast<const float*>(p)[at]);
+        default:
+            return E(static_cast<const double*>(p)[at]);
     }
 }
 
 // The biases of W lanes for W keys: x[r] holds lane r, key by key; only `keys` of them exist.
 template <class E>
-void load_bias(Vec<E> (&x)[LANES<E>], const Call& c, const int64_t* at, const void* bias, int64_t j, int64_t keys) {
+void load_bias(Vec<E> (&x)[LANES<E>], const Call& c, const int64_t* at, const void* bias, int64_t j,
+               int64_t keys) {
     constexpr int W = LANES<E>;
     const bool whole = keys >= W && c.bias.col == 1;
     for (int r = 0; r < W; r++) {
@@ -43,7 +49,8 @@ void load_bias(Vec<E> (&x)[LANES<E>], const Call& c, const int64_t* at, const vo
             x[r] = load(static_cast<const double*>(bias) + from);
             continue;
         }
-        for (int k = 0; k < W; k++) x[r][k] = k < keys ? number<E>(bias, c.bias_type, from + k * c.bias.col) : E(0);
+        for (int k = 0; k < W; k++)
+            x[r][k] = k < keys ? number<E>(bias, c.bias_type, from + k * c.bias.col) : E(0);
     }
 }
 
@@ -98,14 +105,14 @@ bool sees_any(const Call& c, const Unit& u, const Row& row) {
     return false;
 }
 
-// Transforms the scaled products s[key][N] of keys j0 … j1 in place, one vector of lanes at a time; `top` takes each
-// lane's maximum. `edge` says whether spans must be tested.
+// Transforms the scaled products s[key][N] of keys j0 … j1 in place, one vector of lanes at a time; `top`
+// takes each lane's maximum. `edge` says whether spans must be tested.
 template <class E, int NR>
 void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sight, int64_t r0, int64_t rows,
                    int64_t j0, int64_t j1, bool edge, E* s, Vec<E> (&top)[NR]) {
     constexpr int W = LANES<E>, N = NR * W;
     using M = Mask<E>;
-    const Vec<E> none = set<E>(-INFINITE<E>), cap = set<E>(E(c.softcap)), uncap = set<E>(E(1 / c.softcap));
+    const Vec<E> none = set<E>(-INFINITE<E>), cap = set<E>(E(c.softcap));
     const bool singles = u.bits || u.cells, capped = c.softcap != NO_SOFTCAP;
     const int64_t spans = edge ? (u.lo ? c.spans : 1) : 0;
     for (int v = 0; v < NR; v++) {
@@ -146,7 +153,7 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
             E* row = s + (j - j0) * N + v * W;
             for (int64_t k = 0; k < keys; k++, row += N) {
                 Vec<E> x = load(row);
-                if (capped) x = cap * tanh<E>(x * uncap);
+                if (capped) x = cap * tanh<E>(x / cap);
                 M hidden{};
                 if (u.bias) {
                     hidden = bias[k] == none;

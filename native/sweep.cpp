@@ -1,7 +1,8 @@
-// Units are pairs of a sequence and a key head; a unit falls into tiles of query rows; a tile is one piece, or one per
-// segment of keys. Pieces are taken from one counter: units with the most work first, in a unit the last rows first,
-// because under a diagonal they see the most keys. The fact to know: workers go through units in order, so at most
-// `workers` units are in work, and panels of packed keys and values exist for workers + 1 units only.
+// Units are pairs of a sequence and a key head; a unit falls into tiles of query rows; a tile is one piece,
+// or one per segment of keys. Pieces are taken from one counter: units with the most work first, in a unit
+// the last rows first, because under a diagonal they see the most keys. The fact to know: workers go through
+// units in order, so at most `workers` units are in work, and panels of packed keys and values exist for
+// workers + 1 units only.
 
 #include "sweep.h"
 
@@ -36,15 +37,14 @@ struct Shape {
     int64_t scratch, state, states, counters;
 
     // q_len and kv_len are those of the longest sequences.
-    Shape(const Problem& p, const Kernels& k, const Settings& s, bool strided_keys, int64_t q_len,
-          int64_t kv_len) {
+    Shape(const Problem& p, const Kernels& k, const Settings& s, int64_t q_len, int64_t kv_len) {
         units = p.batch * p.kv_heads;
         const int64_t group = p.heads / p.kv_heads;
         tiles = ceil_div(q_len * group, s.tile_rows);
-        segments = s.splits > 1 ? ceil_div(kv_len, SEGMENT) : 1;
+        segments = s.splits > 1 ? std::max<int64_t>(1, ceil_div(kv_len, SEGMENT)) : 1;
         Call c{};
         c.dim = p.dim, c.v_dim = p.v_dim, c.group = group, c.block_k = s.block_k;
-        c.pack_keys = k.value_bytes && !k.key_bytes && strided_keys;
+        c.pack_keys = k.multiple > 1;  // whether they lie in pairs is known only with the arrays
         scratch = k.scratch(c, std::min(s.tile_rows, std::max<int64_t>(q_len * group, 1)));
         const bool panels = k.value_bytes && tiles > 1 && s.splits == 1;
         slots = panels ? std::min(units, s.workers + 1) : 0;
@@ -93,15 +93,15 @@ class Sweep {
     int64_t run(Team team) {
         for (const Frame& f : frames_)
             q_most_ = std::max(q_most_, f.q_len), kv_most_ = std::max(kv_most_, f.kv_len);
-        const Shape shape(p_, k_, s_, c_.pack_keys, q_most_, kv_most_);
+        const Shape shape(p_, k_, s_, q_most_, kv_most_);
         const int64_t pieces = count_pieces();
         if (!pieces) return 0;
         const int workers = int(std::max<int64_t>(1, std::min(s_.workers, pieces)));
         Memory memory(shape.bytes(s_.workers));
         lay_out(shape, memory.data());
         tilefold::run(
-            team, workers,
-            [](void* self, int worker) { static_cast<Sweep*>(self)->work(worker); }, this, &stop_);
+            team, workers, [](void* self, int worker) { static_cast<Sweep*>(self)->work(worker); }, this,
+            &stop_);
         return memory.bytes();
     }
 
@@ -136,15 +136,16 @@ class Sweep {
 
     void find_frames() {
         const bool packed = p_.layout == VARLEN;
-        const int64_t first = part_.frame < 0 ? 0 : part_.frame, last = part_.frame < 0 ? p_.batch : first + 1;
+        const int64_t first = part_.frame < 0 ? 0 : part_.frame,
+                      last = part_.frame < 0 ? p_.batch : first + 1;
         frames_.reserve(size_t(last - first));
         for (int64_t n = first; n < last; n++) {
             if (packed)
                 frames_.push_back({0, a_.q_ends[n], a_.kv_ends[n], a_.q_ends[n + 1] - a_.q_ends[n],
                                    a_.kv_ends[n + 1] - a_.kv_ends[n]});
             else
-                frames_.push_back({n, 0, 0, a_.q_ends ? a_.q_ends[n] : p_.q_len,
-                                   a_.kv_ends ? a_.kv_ends[n] : p_.kv_len});
+                frames_.push_back(
+                    {n, 0, 0, a_.q_ends ? a_.q_ends[n] : p_.q_len, a_.kv_ends ? a_.kv_ends[n] : p_.kv_len});
         }
         if (packed || p_.has & LENGTHS)
             std::stable_sort(frames_.begin(), frames_.end(), [](const Frame& x, const Frame& y) {
@@ -192,7 +193,8 @@ class Sweep {
         u.v = at(a_.v, f.item, kv_head, f.k0);
         u.out = at(a_.out, f.item, head, f.q0);
         if (a_.lse)
-            u.lse = a_.lse.data + (lead_at(a_.lse, 2, f.item) + head * c_.lse.head + f.q0 * c_.lse.row) * width(a_.lse);
+            u.lse = a_.lse.data +
+                    (lead_at(a_.lse, 2, f.item) + head * c_.lse.head + f.q0 * c_.lse.row) * width(a_.lse);
         u.q_len = f.q_len, u.kv_len = f.kv_len;
         u.first_row = first_row(f), u.last_row = last_row(f);
         u.band = p_.band;
@@ -214,10 +216,14 @@ class Sweep {
     }
     static int64_t width(const Array& a) {
         switch (a.type) {
-            case DType::float64: return 8;
-            case DType::float32: return 4;
-            case DType::uint8: return 1;
-            default: return 2;
+            case DType::float64:
+                return 8;
+            case DType::float32:
+                return 4;
+            case DType::uint8:
+                return 1;
+            default:
+                return 2;
         }
     }
 
@@ -249,7 +255,8 @@ class Sweep {
         const size_t at = size_t(std::upper_bound(ends_.begin(), ends_.end(), n) - ends_.begin());
         const Frame& f = frames_[at];
         n -= at ? ends_[at - 1] : 0;
-        const int64_t tiles_here = tiles(f), segments_here = segments(f), per_unit = tiles_here * segments_here;
+        const int64_t tiles_here = tiles(f), segments_here = segments(f),
+                      per_unit = tiles_here * segments_here;
         const int64_t head = n / per_unit, rest = n % per_unit;
         const int64_t tile = tiles_here - 1 - rest / segments_here;
         Unit u = unit(f, part_.head < 0 ? head : part_.head / group_);
@@ -301,7 +308,7 @@ class Sweep {
             k_.join(c_, u, piece, segments, state_bytes_);
         }
     }
-    int64_t most_segments() const { return ceil_div(kv_most_, SEGMENT); }
+    int64_t most_segments() const { return std::max<int64_t>(1, ceil_div(kv_most_, SEGMENT)); }
 
     void fold_piece(const Unit& u, const Piece& piece, Worker& w) {
         if (k_.row && piece.r1 - piece.r0 <= k_.few_rows)
@@ -335,8 +342,8 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     const int64_t rows = std::max<int64_t>(1, p.q_len * (p.heads / p.kv_heads));
     const int64_t units = p.layout == VARLEN ? p.kv_heads : p.batch * p.kv_heads;
     const int64_t tiles = units * ceil_div(rows, k.tile_rows);
-    // Tiles of a piece share each block of keys while it is near, but pieces must be many enough for everyone to be busy
-    // to the end: about eight each.
+    // Tiles of a piece share each block of keys while it is near, but pieces must be many enough for everyone
+    // to be busy to the end: about eight each.
     const int64_t together = std::clamp<int64_t>(tiles / (8 * threads), 1, k.most_rows / k.tile_rows);
     s.tile_rows = std::min(up(rows, k.lanes), together * k.tile_rows);
     s.block_k = k.block_k;
@@ -345,17 +352,24 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     const bool split = p.layout != VARLEN && segments > 1 && threads > 1 && pieces < 4 * threads;
     s.splits = split ? segments : 1;
     // Waking a thread costs as much as some millions of operations.
-    const double operations = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) * double(p.dim + p.v_dim);
+    const double operations =
+        2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) * double(p.dim + p.v_dim);
     const int64_t worth = int64_t(std::min(operations / OPERATIONS_PER_THREAD, double(MAX_THREADS)));
     const int64_t most = std::min<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, worth);
     s.workers = std::clamp<int64_t>(most, 1, threads);
-    return s;
+    // Plans count rows per head: what comes back from one must be what was planned.
+    const int64_t group = std::max<int64_t>(1, p.heads / p.kv_heads);
+    s.tile_rows = ceil_div(s.tile_rows, group) * group;
+    return resized(p, k, s);
 }
 
 Settings resized(const Problem& p, const Kernels& k, Settings s) {
-    const int64_t rows = std::max<int64_t>(1, p.q_len * (p.heads / p.kv_heads));
-    s.tile_rows = std::clamp<int64_t>(s.tile_rows, 1, std::min<int64_t>(rows, k.most_rows));
-    if (s.tile_rows > k.tile_rows) s.tile_rows -= s.tile_rows % k.tile_rows;  // whole tiles
+    const int64_t group = std::max<int64_t>(1, p.heads / p.kv_heads),
+                  rows = std::max<int64_t>(1, p.q_len * group);
+    s.tile_rows = std::clamp<int64_t>(s.tile_rows, 1, k.most_rows);
+    if (s.tile_rows > k.tile_rows)  // whole tiles, the nearest number of them
+        s.tile_rows = std::max<int64_t>(1, (s.tile_rows + k.tile_rows / 2) / k.tile_rows) * k.tile_rows;
+    s.tile_rows = std::min(s.tile_rows, up(rows, k.lanes));
     s.block_k = std::clamp<int64_t>(up(s.block_k, 32), 32, SEGMENT);
     const int64_t segments = p.layout == VARLEN ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
     s.splits = s.splits > 1 ? segments : 1;
@@ -363,9 +377,9 @@ Settings resized(const Problem& p, const Kernels& k, Settings s) {
     return s;
 }
 
-int64_t workspace(const Problem& p, const Kernels& k, const Settings& s, bool strided_keys) {
+int64_t workspace(const Problem& p, const Kernels& k, const Settings& s) {
     if (!p.batch || !p.q_len || !p.heads) return 0;
-    return Shape(p, k, s, strided_keys, p.q_len, p.kv_len).bytes(s.workers);
+    return Shape(p, k, s, p.q_len, p.kv_len).bytes(s.workers);
 }
 
 int64_t fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,

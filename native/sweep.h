@@ -1,5 +1,6 @@
-// One call on this machine: which pieces of work it falls into, who takes them, and the memory they need. Compiled once;
-// the kernels do the arithmetic. Everything that a plan predicts is computed by the same functions that later allocate.
+// One call on this machine: which pieces of work it falls into, who takes them, and the memory they need.
+// Compiled once; the kernels do the arithmetic. Everything that a plan predicts is computed by the same
+// functions that later allocate.
 #pragma once
 
 #include <stdint.h>
@@ -13,8 +14,8 @@
 
 namespace tilefold {
 
-// How a problem is folded: tiles of at most `tile_rows` query rows (heads of a group counted), keys in blocks of
-// `block_k`, the keys of a row in one piece or one piece per segment.
+// How a problem is folded: tiles of at most `tile_rows` query rows (heads of a group counted), keys in blocks
+// of `block_k`, the keys of a row in one piece or one piece per segment.
 struct Settings {
     int64_t tile_rows, block_k;
     int64_t splits;
@@ -31,16 +32,17 @@ struct Array {
     explicit operator bool() const { return data != nullptr; }
 };
 
-// The arrays of a call: q (*lead, heads, q_len, dim), k and v, out, lse without the last axis; bias and cells broadcast
-// to (*lead, heads, q_len, kv_len); alibi and sinks contiguous float64 (*lead, heads).
+// The arrays of a call: q (*lead, heads, q_len, dim), k and v, out, lse without the last axis; bias and cells
+// broadcast to (*lead, heads, q_len, kv_len); alibi and sinks contiguous float64 (*lead, heads).
 struct Arrays {
     Array q, k, v, out, lse, bias, cells;
     const double *alibi = nullptr, *sinks = nullptr;
-    const int64_t *q_ends = nullptr, *kv_ends = nullptr;  // lengths per batch item, or cumulative ones when packed
+    const int64_t *q_ends = nullptr,
+                  *kv_ends = nullptr;  // lengths per batch item, or cumulative ones when packed
 };
 
-// What part of a call is folded, and what the mask says of it: query rows first_row … last_row of each sequence, or of
-// sequence `frame` and query head `head` alone where they are not negative.
+// What part of a call is folded, and what the mask says of it: query rows first_row … last_row of each
+// sequence, or of sequence `frame` and query head `head` alone where they are not negative.
 struct Selection {
     int64_t frame = -1, head = -1;
     int64_t first_row = 0, last_row = 0;
@@ -56,12 +58,11 @@ Settings plan(const Problem& p, const Kernels& kernels, int threads);
 // The nearest to `s` that the kernels can do.
 Settings resized(const Problem& p, const Kernels& kernels, Settings s);
 
-// Bytes that fold() will allocate; `strided_keys` says that keys do not lie as pairs can be read.
-int64_t workspace(const Problem& p, const Kernels& kernels, const Settings& s, bool strided_keys);
+// Bytes that fold() will allocate; fewer where all sequences are shorter than q_len and kv_len.
+int64_t workspace(const Problem& p, const Kernels& kernels, const Settings& s);
 
 // Folds; bytes allocated. Throws std::bad_alloc. `stopped` is set where `stop` ended it early.
 int64_t fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
              const Selection& part, Team team, Stop& stop);
-
 
 }  // namespace tilefold

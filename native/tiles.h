@@ -1,6 +1,6 @@
 // Which keys the rows of a tile see: nobody else knows geometry. Twin of tiles.py.
-// A block of keys is EMPTY (skipped), FULL (nothing is tested) or EDGE. The fact to know: padding lanes repeat the
-// tile's last row, so they never make a FULL block an EDGE.
+// A block of keys is EMPTY (skipped), FULL (nothing is tested) or EDGE. The fact to know: padding lanes
+// repeat the tile's last row, so they never make a FULL block an EDGE.
 #pragma once
 
 #include "fold.h"
@@ -95,7 +95,7 @@ struct Sight {
         hi = most(least(hi, u.hi[at]), lo);
     }
 
-  private:
+   private:
     static void clip_to_spans(const Call& c, const Unit& u, int64_t i, int64_t& lo, int64_t& hi) {
         int64_t first = INT64_MAX, last = 0;
         for (int64_t n = 0; n < c.spans; n++) {

@@ -1,10 +1,4 @@
 #define TILEFOLD_ISA avx512_amx
 #include "../simd/avx512_amx.h"
-#include "../tiles.h"
-#include "../product.inl"
-#include "../product_amx.inl"
-#include "../pack.inl"
-#include "../scores.inl"
-#include "../fold.inl"
-#include "../row.inl"
-#include "../kernels.inl"
+
+#include "../unit.inl"

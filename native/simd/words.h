@@ -1,8 +1,8 @@
-// The vocabulary that the algorithms are written in, spelled with vector extensions so that it runs on any machine.
-// A machine's header says how wide a vector is (TILEFOLD_BYTES) and replaces the words that it has in silicon.
-// The fact to know: max(a, b) is b where either is NaN, so the operand that may be NaN goes first to be dropped and
-// last to be kept; and products are fused into sums only where the word fma stands (-ffp-contract=off), since bits
-// that depend on a compiler's mood could not be promised.
+// The vocabulary that the algorithms are written in, spelled with vector extensions so that it runs on any
+// machine. A machine's header says how wide a vector is (TILEFOLD_BYTES) and replaces the words that it has
+// in silicon. The fact to know: max(a, b) is b where either is NaN, so the operand that may be NaN goes first
+// to be dropped and last to be kept; and products are fused into sums only where the word fma stands
+// (-ffp-contract=off), since bits that depend on a compiler's mood could not be promised.
 #pragma once
 
 #include <stdint.h>
@@ -68,20 +68,52 @@ struct Float<float> {
     using Integer = int32_t;
     static constexpr float magic = 12582912.0f;  // 1.5 · 2^23: adding it leaves an integer in the low bits
     static constexpr float least = -88.0f;       // e^least is 2^−127: the first power of two that counts as 0
-    static constexpr int bias = 127, mantissa = 23, degree = 5;
+    static constexpr int bias = 127, mantissa = 23;
     // e^f on ±ln(2) / 2, relative error 1.05e-7; the last two coefficients are exact, so that e^0 = 1.
-    static constexpr float poly[] = {8.312501013278961e-03f, 4.189033061265945e-02f, 1.6667115688323975e-01f,
-                                     4.9999231100082397e-01f, 1.0f, 1.0f};
+    static constexpr float poly[] = {8.312501013278961e-03f,
+                                     4.189033061265945e-02f,
+                                     1.6667115688323975e-01f,
+                                     4.9999231100082397e-01f,
+                                     1.0f,
+                                     1.0f};
+    // (e^f − 1) / f to the last bit or nearly, for scores, whose errors no sum averages away.
+    static constexpr float fine[] = {1.0f / 40320, 1.0f / 5040, 1.0f / 720, 1.0f / 120,
+                                     1.0f / 24,    1.0f / 6,    0.5f,       1.0f};
 };
 template <>
 struct Float<double> {
     using Integer = int64_t;
     static constexpr double magic = 6755399441055744.0;  // 1.5 · 2^52
     static constexpr double least = -709.0;
-    static constexpr int bias = 1023, mantissa = 52, degree = 13;
+    static constexpr int bias = 1023, mantissa = 52;
     // 1 / n!: the remainder on ±ln(2) / 2 is 4e-18.
-    static constexpr double poly[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                      1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+    static constexpr double poly[] = {1.0 / 6227020800,
+                                      1.0 / 479001600,
+                                      1.0 / 39916800,
+                                      1.0 / 3628800,
+                                      1.0 / 362880,
+                                      1.0 / 40320,
+                                      1.0 / 5040,
+                                      1.0 / 720,
+                                      1.0 / 120,
+                                      1.0 / 24,
+                                      1.0 / 6,
+                                      0.5,
+                                      1.0,
+                                      1.0};
+    static constexpr double fine[] = {1.0 / 6227020800,
+                                      1.0 / 479001600,
+                                      1.0 / 39916800,
+                                      1.0 / 3628800,
+                                      1.0 / 362880,
+                                      1.0 / 40320,
+                                      1.0 / 5040,
+                                      1.0 / 720,
+                                      1.0 / 120,
+                                      1.0 / 24,
+                                      1.0 / 6,
+                                      0.5,
+                                      1.0};
 };
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 template <class E>
@@ -222,12 +254,10 @@ TILEFOLD_INLINE Reduced<E> reduce(Vec<E> x) {
     const Vec<E> z = fma(x, set<E>(E(LOG2E)), magic);  // its low bits are the exponent of 2^k
     return {fma(z - magic, set<E>(E(-LN2)), x), bits_as<Vec<E>>(bits_as<Mask<E>>(z) << T::mantissa)};
 }
-// The polynomial of e^f without its first `TERMS` lowest terms, divided by f^TERMS.
-template <class E, int TERMS>
-TILEFOLD_INLINE Vec<E> tail_of_exp(Vec<E> f) {
-    using T = Float<E>;
-    Vec<E> p = set<E>(T::poly[0]);
-    each<T::degree - TERMS>([&](auto i) TILEFOLD_LAMBDA { p = fma(p, f, set<E>(T::poly[i + 1])); });
+template <class E, int N>
+TILEFOLD_INLINE Vec<E> polynomial(const E (&c)[N], Vec<E> f) {
+    Vec<E> p = set<E>(c[0]);
+    each<N - 1>([&](auto i) TILEFOLD_LAMBDA { p = fma(p, f, set<E>(c[i + 1])); });
     return p;
 }
 
@@ -235,7 +265,7 @@ TILEFOLD_INLINE Vec<E> tail_of_exp(Vec<E> f) {
 template <class E>
 TILEFOLD_INLINE Vec<E> exp(Vec<E> x) {
     const Reduced<E> r = reduce<E>(max(set<E>(Float<E>::least), x));
-    return tail_of_exp<E, 0>(r.f) * r.power;
+    return polynomial(Float<E>::poly, r.f) * r.power;
 }
 
 // tanh(x), accurate relative to x down to 0: with e = e^|2x| − 1 it is e / (e + 2).
@@ -245,7 +275,7 @@ TILEFOLD_INLINE Vec<E> tanh(Vec<E> x) {
     const Vec<E> size = select<E>(negative, -x, x);
     // Beyond 20 tanh is 1 in either type. NaN comes last, so it is kept.
     const Reduced<E> r = reduce<E>(-max(set<E>(E(-20)), -size) * set<E>(E(2)));
-    const Vec<E> e = fma(tail_of_exp<E, 1>(r.f) * r.f, r.power, r.power - set<E>(E(1)));
+    const Vec<E> e = fma(polynomial(Float<E>::fine, r.f) * r.f, r.power, r.power - set<E>(E(1)));
     const Vec<E> y = e / (e + set<E>(E(2)));
     return select<E>(negative, -y, y);
 }
@@ -261,8 +291,7 @@ template <class E, int STEP>
 TILEFOLD_INLINE void transpose_from(Vec<E> (&x)[LANES<E>]) {
     if constexpr (STEP < LANES<E>) {
         each<LANES<E>>([&](auto r) TILEFOLD_LAMBDA {
-            if constexpr (!(r & STEP))
-                exchange<E, STEP>(x[r], x[r + STEP], typename Upto<LANES<E>>::type{});
+            if constexpr (!(r & STEP)) exchange<E, STEP>(x[r], x[r + STEP], typename Upto<LANES<E>>::type{});
         });
         transpose_from<E, STEP * 2>(x);
     }

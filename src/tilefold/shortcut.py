@@ -30,7 +30,9 @@ class Known:
     run: Callable[..., int]
     shape: tuple[int, ...]
     dtype: np.dtype
-    order: tuple[tuple[int, ...], tuple[int, ...]] | None  # axes as they lie in memory, and back; None as numbered
+    order: (
+        tuple[tuple[int, ...], tuple[int, ...]] | None
+    )  # axes as they lie in memory, and back; None as numbered
     lse: tuple[tuple[int, ...], np.dtype] | None
     narrow: bool  # bfloat16, which crosses as integers
 
@@ -42,7 +44,7 @@ class Known:
             there, back = self.order
             out = np.empty([self.shape[axis] for axis in there], self.dtype).transpose(back)
         lse = None if self.lse is None else np.empty(*self.lse)
-        arrays = (q, k, v, out)
+        arrays: tuple[np.ndarray, ...] = (q, k, v, out)
         if self.narrow:
             arrays = tuple(x.view(np.uint16) for x in arrays)
         if self.run(*arrays, lse, team()) < 0:
@@ -59,7 +61,9 @@ def key_of(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return
         return None
     if (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False):
         return None
-    if (scale is not None and type(scale) is not float) or (softcap is not None and type(softcap) is not float):
+    if (scale is not None and type(scale) is not float) or (
+        softcap is not None and type(softcap) is not float
+    ):
         return None
     return (
         q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype,

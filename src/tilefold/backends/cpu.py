@@ -100,7 +100,7 @@ class NativeBackend:
             if x.lse is not None:
                 x.lse[..., some] = -np.inf
         run = running(plan).run
-        arrays = [_as_core_reads(a) for a in (x.q, x.k, x.v)]
+        arrays: list[np.ndarray | None] = [_as_core_reads(a) for a in (x.q, x.k, x.v)]
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
         cells = x.mask.cells_of(x.lead, p.heads, p.q_len, p.kv_len) if isinstance(x.mask, Dense) else None
         arrays += [

@@ -1,0 +1,15 @@
+// The algorithms of one machine, each built on those before it. A unit in isa/ names the machine, includes
+// its vocabulary and then this; nothing of the standard library may come in with it.
+
+// clang-format off
+#include "tiles.h"
+#include "product.inl"
+#ifdef TILEFOLD_HAS_TILES
+#include "product_amx.inl"
+#endif
+#include "pack.inl"
+#include "scores.inl"
+#include "fold.inl"
+#include "row.inl"
+#include "kernels.inl"
+// clang-format on
