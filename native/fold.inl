@@ -296,8 +296,12 @@ struct Tile {
 
     // ---- a block whose values hold NaN or infinity that some lane does not see ----
 
-    static void note_seen(Desk<K, T>& desk, int64_t keys) {
-        for (int64_t n = 0; n < keys * N; n++) desk.seen[n] = desk.scores[n] != -INFINITE<E>;
+    void note_seen(Desk<K, T>& desk, int64_t j0, int64_t keys) const {
+        Row row(r0, desk.c.group);
+        for (int r = 0; r < N; r++) {
+            for (int64_t k = 0; k < keys; k++) desk.seen[k * N + r] = sees<E>(desk.c, desk.u, row, j0 + k);
+            if (r + 1 < rows) row.next();
+        }
     }
 
     // The product with non-finite values taken as 0, then each of them added to the lanes that see it.
@@ -363,7 +367,7 @@ struct Tile {
         Vec<E> top[NR], shift[NR], keep[NR], added[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = load(max_part + i * W); });
         score(desk, b, k0, j0, j1, kind, top);
-        if constexpr (CAREFUL) note_seen(desk, j1 - j0);
+        if constexpr (CAREFUL) note_seen(desk, j0, j1 - j0);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
             shift[i] = select<E>(top[i] == set<E>(-INFINITE<E>), Vec<E>{}, top[i]);
             keep[i] = exp<E>(load(max_part + i * W) - shift[i]);
@@ -547,8 +551,8 @@ void finish_row(const Call& c, const Unit& u, int64_t r, E m, E d, const E* acc)
     T* out = static_cast<T*>(u.out) + row.at(c.out);
     int64_t x = 0;
     if (c.out.col == 1)
-        for (; x + W <= c.v_dim; x += W) narrow(out + x, load(acc + x) * set<E>(factor));
-    for (; x < c.v_dim; x++) put(out + x * c.out.col, acc[x] * factor);
+        for (; x + W <= c.v_dim; x += W) narrow(out + x, load(acc + x) * set<E>(factor) + Vec<E>{});
+    for (; x < c.v_dim; x++) put(out + x * c.out.col, acc[x] * factor + E(0));
 }
 
 template <class K, class T>

@@ -127,7 +127,8 @@ inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64
 }
 #endif
 
-// Finished columns [v_dim][N] of E, times `factor` per lane, to output rows of T.
+// Finished columns [v_dim][N] of E, times `factor` per lane, to output rows of T. Zeros are positive: whether
+// one was negative may depend on hidden neighbours.
 template <class T, class E, int N>
 void unpack_output(const Call& c, const Unit& u, int64_t r0, int64_t rows, const E* from, const E* factor) {
     constexpr int W = LANES<E>;
@@ -141,14 +142,14 @@ void unpack_output(const Call& c, const Unit& u, int64_t r0, int64_t rows, const
         if (c.out.col == 1)
             for (; d + W <= c.v_dim; d += W) {
                 Vec<E> x[W];
-                each<W>([&](auto r) TILEFOLD_LAMBDA { x[r] = load(from + (d + r) * N + i) * f; });
+                each<W>([&](auto r) TILEFOLD_LAMBDA { x[r] = load(from + (d + r) * N + i) * f + Vec<E>{}; });
                 transpose<E>(x);
                 each<W>([&](auto r) TILEFOLD_LAMBDA {
                     if (r < count) narrow(to[r] + d, x[r]);
                 });
             }
         for (; d < c.v_dim; d++)
-            for (int r = 0; r < count; r++) put(to[r] + d * c.out.col, E(from[d * N + i + r] * f[r]));
+            for (int r = 0; r < count; r++) put(to[r] + d * c.out.col, E(from[d * N + i + r] * f[r] + E(0)));
     }
 }
 

@@ -50,10 +50,13 @@ struct TileRegisters {
     }
 #define TILEFOLD_STORE(c, row, lane) _tile_stored(c, to + (row) * NR * 16 + (lane), NR * 64)
 
-// 16 or 32 rows of A · B to `to`, [rows][NR · 16].
-template <int NR, bool TWO>
-TILEFOLD_INLINE void tile_product(const uint32_t* a0, int64_t row0, const uint32_t* a1, int64_t row1,
-                                  const uint32_t* b, int64_t depth, float* to) {
+// ROWS rows of A · B to `to`, [rows][NR · 16]: 32, 16, or fewer, of which `few` exist and nothing beyond is
+// read.
+enum class Rows16 { TWO, ONE, FEW };
+template <int NR, Rows16 ROWS>
+TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_t* b, int64_t depth,
+                                  float* to) {
+    alignas(64) uint32_t part[16 * 16];
     settle_memory();
     _tile_zero(0);
     _tile_zero(1);
@@ -61,18 +64,25 @@ TILEFOLD_INLINE void tile_product(const uint32_t* a0, int64_t row0, const uint32
     _tile_zero(3);
     _tile_zero(4);
     _tile_zero(5);
+    const uint32_t *a0 = a.at, *a1 = a.at + 16 * a.row;
     for (int64_t k = 0; k < depth; k += 16, a0 += 16, a1 += 16, b += 16 * NR * 16) {
-        _tile_loadd(6, a0, row0 * 4);
+        if constexpr (ROWS == Rows16::FEW) {
+            for (int64_t x = 0; x < few; x++) memcpy(part + x * 16, a0 + x * a.row, 64);
+            settle_memory();
+            _tile_loadd(6, part, 64);
+        } else {
+            _tile_loadd(6, a0, a.row * 4);
+        }
         TILEFOLD_ROW(0, 1, 2)
-        if constexpr (TWO) {
-            _tile_loadd(6, a1, row1 * 4);
+        if constexpr (ROWS == Rows16::TWO) {
+            _tile_loadd(6, a1, a.row * 4);
             TILEFOLD_ROW(3, 4, 5)
         }
     }
     TILEFOLD_STORE(0, 0, 0);
     if constexpr (NR > 1) TILEFOLD_STORE(1, 0, 16);
     if constexpr (NR > 2) TILEFOLD_STORE(2, 0, 32);
-    if constexpr (TWO) {
+    if constexpr (ROWS == Rows16::TWO) {
         TILEFOLD_STORE(3, 16, 0);
         if constexpr (NR > 1) TILEFOLD_STORE(4, 16, 16);
         if constexpr (NR > 2) TILEFOLD_STORE(5, 16, 32);
@@ -85,25 +95,19 @@ template <class K, int NR, class Take>
     requires(K::IN_TILES)
 TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
                              Take&& take) {
-    constexpr int64_t DEEPEST = 512;  // pairs of a block's keys or of 1024 dims
     alignas(64) float c[32 * NR * 16];
-    alignas(64) uint32_t rest[16 * DEEPEST];  // the last rows, where a whole tile would read beyond them
     depth = up(depth, K::DEPTH);
-    for (int64_t r = r0; r < r1; r += 32) {
-        const int64_t rows = least(r1 - r, 32);
-        const uint32_t *a0 = a.from(r, 0).at, *a1 = a.from(r + 16, 0).at;
-        int64_t row0 = a.row, row1 = a.row;
-        if (rows % 16) {
-            const uint32_t* from = rows < 16 ? a0 : a1;
-            for (int64_t x = 0; x < rows % 16; x++)
-                memcpy(rest + x * depth, from + x * a.row, size_t(depth) * 4);
-            (rows < 16 ? a0 : a1) = rest;
-            (rows < 16 ? row0 : row1) = depth;
+    for (int64_t r = r0; r < r1;) {
+        int64_t rows = 32;
+        if (r1 - r >= 32) {
+            tile_product<NR, Rows16::TWO>(a.from(r, 0), 0, b, depth, c);
+        } else if (r1 - r >= 16) {
+            tile_product<NR, Rows16::ONE>(a.from(r, 0), 0, b, depth, c);
+            rows = 16;
+        } else {
+            rows = r1 - r;
+            tile_product<NR, Rows16::FEW>(a.from(r, 0), rows, b, depth, c);
         }
-        if (rows > 16)
-            tile_product<NR, true>(a0, row0, a1, row1, b, depth, c);
-        else
-            tile_product<NR, false>(a0, row0, a1, row1, b, depth, c);
         int64_t x = 0;
         for (; x + STRIP <= rows; x += STRIP) {
             F32 acc[STRIP][NR];
@@ -117,6 +121,7 @@ TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t dept
             each<NR>([&](auto v) TILEFOLD_LAMBDA { acc[0][v] = load(c + (x * NR + v) * 16); });
             take(r + x, acc);
         }
+        r += rows;
     }
 }
 

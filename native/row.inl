@@ -322,7 +322,7 @@ struct Rows {
         if constexpr (CAREFUL)
             for (int r = 0; r < R; r++)
                 for (int64_t k = 0; k < j1 - j0; k++)
-                    seen[r * keys_most + k] = scores[r * keys_most + k] != -INFINITE<E>;
+                    seen[r * keys_most + k] = sees<E>(c, u, Row(row_of(r), c.group), j0 + k);
         for (int r = 0; r < R; r++) {
             shift[r] = top[r] == -INFINITE<E> ? E(0) : top[r];
             keep[r] = exp<E>(set<E>(max_part[r]) - set<E>(shift[r]))[0];
@@ -417,7 +417,7 @@ int64_t scratch_of(const Call& c, int64_t rows) {
     Arena tiles{nullptr}, few{nullptr};
     Tiles<K, T>(c, u, w, rows, tiles);
     if constexpr (!K::IN_TILES)
-        if (rows <= FEW_ROWS) Rows<K, T, FEW_ROWS>(c, u, w, 0, rows, few);
+        Rows<K, T, FEW_ROWS>(c, u, w, 0, 1, few);  // the last piece of many rows may be one of few
     return most(tiles.bytes, few.bytes);
 }
 

@@ -82,26 +82,34 @@ void load_cells(Vec<E> (&x)[LANES<E>], const Call& c, const Unit& u, const int64
     }
 }
 
-// Whether a query row sees any key at all: asked only where no score was above −inf.
+// Whether a query row sees key j; slow, for the few times that scores cannot tell.
 template <class E>
-bool sees_any(const Call& c, const Unit& u, const Row& row) {
+bool sees(const Call& c, const Unit& u, const Row& row, int64_t j) {
     const int64_t i = row.query, g = row.head, spans = u.lo ? c.spans : 1;
-    for (int64_t n = 0; n < spans; n++) {
+    bool covered = false;
+    for (int64_t n = 0; n < spans && !covered; n++) {
         int64_t lo, hi;
         if (u.lo)
             Sight<1>::span(i, n, c, u, lo, hi);
         else
             band_of(u, i, lo, hi);
-        for (int64_t j = lo; j < hi; j++) {
-            const int64_t bit = j - c.bits_start;
-            if (u.bits && !(u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) continue;
-            if (u.cells && !u.cells[g * c.cells.head + i * c.cells.row + j * c.cells.col]) continue;
-            if (u.bias && number<E>(u.bias, c.bias_type, g * c.bias.head + i * c.bias.row + j * c.bias.col) ==
-                              -INFINITE<E>)
-                continue;
-            return true;
-        }
+        covered = lo <= j && j < hi;
     }
+    if (!covered) return false;
+    const int64_t bit = j - c.bits_start;
+    if (u.bits && !(u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) return false;
+    if (u.cells && !u.cells[g * c.cells.head + i * c.cells.row + j * c.cells.col]) return false;
+    return !u.bias ||
+           number<E>(u.bias, c.bias_type, g * c.bias.head + i * c.bias.row + j * c.bias.col) != -INFINITE<E>;
+}
+
+// Whether it sees any key at all: asked only where no score was above −inf.
+template <class E>
+bool sees_any(const Call& c, const Unit& u, const Row& row) {
+    Sight<1> sight;
+    sight.look(c, u, row.query * c.group + row.head, 1);
+    for (int64_t j = sight.lo[0]; j < sight.hi[0]; j++)
+        if (sees<E>(c, u, row, j)) return true;
     return false;
 }
 

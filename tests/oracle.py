@@ -3,7 +3,7 @@
 from functools import cache
 
 import numpy as np
-from budgets import Error, judge, reference_type
+from budgets import Error, judge, reference_type, rounds_weights
 
 from tilefold.bench.case import Case
 from tilefold.dtypes import ROWS
@@ -13,25 +13,30 @@ Results = tuple[np.ndarray, np.ndarray]
 
 
 @cache
-def expected(text: str) -> tuple[Results, Results, Results]:
-    """(out, lse) in a type wider than the accumulator; then the two honest evaluations that set the budget."""
+def expected(text: str) -> tuple[Results, Results, Results, Results | tuple[None, None]]:
+    """(out, lse) in a type wider than the accumulator; then the honest evaluations that set the budget, the last with
+    weights rounded where kernels may."""
     case = Case.parse(text)
     acc = ROWS[case.dtype].accumulate
     a, wide = case.build(), reference_type(acc)
     b = a.nudged(acc)
+    narrow = rounds_weights(case.dtype)
     return (
         naive(a.q, a.k, a.v, **a.options, dtype=wide),
         naive(a.q, a.k, a.v, **a.options, dtype=acc),
         naive(b.q, b.k, b.v, **b.options, dtype=wide),
+        (naive(a.q, a.k, a.v, **a.options, dtype=acc, weights_dtype=narrow)[0], None)
+        if narrow
+        else (None, None),
     )
 
 
 def judged(text: str, out: np.ndarray, lse: np.ndarray) -> list[Error]:
     """The errors of a forward result, each with its budget, by the rule of `Case.replay`."""
     dtype = Case.parse(text).dtype
-    right, plain, moved = expected(text)
+    right, plain, moved, rounded = expected(text)
     return [
-        judge(name, got, (plain[i], moved[i]), right[i], to)
+        judge(name, got, (plain[i], moved[i]), right[i], to, rounded[i])
         for i, (name, got, to) in enumerate((("out", out, dtype), ("lse", lse, ROWS[dtype].accumulate)))
     ]
 

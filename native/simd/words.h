@@ -68,6 +68,7 @@ struct Float<float> {
     using Integer = int32_t;
     static constexpr float magic = 12582912.0f;  // 1.5 · 2^23: adding it leaves an integer in the low bits
     static constexpr float least = -88.0f;       // e^least is 2^−127: the first power of two that counts as 0
+    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr int bias = 127, mantissa = 23;
     // e^f on ±ln(2) / 2, relative error 1.05e-7; the last two coefficients are exact, so that e^0 = 1.
     static constexpr float poly[] = {8.312501013278961e-03f,
@@ -85,6 +86,7 @@ struct Float<double> {
     using Integer = int64_t;
     static constexpr double magic = 6755399441055744.0;  // 1.5 · 2^52
     static constexpr double least = -709.0;
+    static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
     static constexpr int bias = 1023, mantissa = 52;
     // 1 / n!: the remainder on ±ln(2) / 2 is 4e-18.
     static constexpr double poly[] = {1.0 / 6227020800,
@@ -252,7 +254,13 @@ TILEFOLD_INLINE Reduced<E> reduce(Vec<E> x) {
     using T = Float<E>;
     const Vec<E> magic = set<E>(T::magic + E(T::bias));
     const Vec<E> z = fma(x, set<E>(E(LOG2E)), magic);  // its low bits are the exponent of 2^k
-    return {fma(z - magic, set<E>(E(-LN2)), x), bits_as<Vec<E>>(bits_as<Mask<E>>(z) << T::mantissa)};
+    const Vec<E> k = z - magic;
+#ifdef TILEFOLD_UNFUSED  // the product would be rounded: in two parts, of which the first is exact
+    const Vec<E> f = (x - k * set<E>(T::ln2_high)) - k * set<E>(T::ln2_low);
+#else
+    const Vec<E> f = fma(k, set<E>(E(-LN2)), x);
+#endif
+    return {f, bits_as<Vec<E>>(bits_as<Mask<E>>(z) << T::mantissa)};
 }
 template <class E, int N>
 TILEFOLD_INLINE Vec<E> polynomial(const E (&c)[N], Vec<E> f) {

@@ -34,9 +34,12 @@ class _Head:
 
 
 def naive(
-    q: Any, k: Any, v: Any, mask: Any = None, *, dtype: np.typing.DTypeLike | None = None, **options: Any
-) -> tuple[np.ndarray, np.ndarray]:
+    q: Any, k: Any, v: Any, mask: Any = None, *, dtype: np.typing.DTypeLike | None = None,
+    weights_dtype: np.typing.DTypeLike | None = None, **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """``(out, lse)`` of the same call of `tilefold.attention`, computed with the whole matrix in `dtype`.
+
+    With `weights_dtype` the weights are rounded to it before they meet the values.
 
     >>> q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 4))
     >>> out, lse = naive(q, k, v, causal=True)
@@ -50,7 +53,8 @@ def naive(
     for h in _heads(call, acc):
         values = x.v[h.kv_where].astype(acc)
         with np.errstate(all="ignore"):
-            out[h.where] = _apart(h.weights, values, h.seen)
+            weights = h.weights if weights_dtype is None else h.weights.astype(weights_dtype).astype(acc)
+            out[h.where] = _apart(weights, values, h.seen)
         lse[h.where] = h.lse
     out, lse = (out[0], lse[0]) if call.squeeze else (out, lse)
     return (out if dtype is not None else out.astype(x.q.dtype)), lse

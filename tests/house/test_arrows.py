@@ -15,13 +15,14 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 # From the ground up: a file imports only what stands before it. A folder stands for every file in it.
 ORDER = [
     *("dtypes", "problem", "layouts", "masks", "tiles"),
-    *("scores", "stats", "fold", "replay", "plan", "backends"),
-    *("arrays", "call", "api", "flash", "naive", "bench", "cli"),
+    *("scores", "stats", "fold", "replay", "plan", "backends", "threads"),
+    *("arrays", "call", "shortcut", "api", "flash", "naive", "bench", "cli"),
 ]
 
 # Arrows that point up, each with its reason.
 UP = {
     ("plan", "backends"): "choosing walks the table of backends",
+    ("plan", "threads"): "a plan is for so many threads",
     ("flash", "bench"): "benchmark_flash_attention is one of the founding names",
 }
 

@@ -160,9 +160,10 @@ def team() -> int:
 
 
 def _as_core_reads(x: np.ndarray) -> np.ndarray:
-    """`x` itself, or a copy where its addresses are no multiples of its item size."""
+    """`x` itself, or a copy where its addresses are no multiples of its item size; what is broadcast stays so."""
     if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
-        x = x.copy()
+        stored = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.strides)]
+        x = np.broadcast_to(stored.copy(), x.shape)
     return _plain(x)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..dtypes import ROWS
 
+ROUNDED = 2.0  # times the error of weights rounded to bfloat16: two such roundings, one in another place
 FACTOR = 8.0  # 4 between summing in one chain and in the 16 of a wide BLAS, 2 for everything else
 
 
@@ -42,11 +43,13 @@ def reference_type(acc_dtype: str) -> np.dtype:
 
 
 def judge(
-    name: str, got: np.ndarray, honest: Sequence[np.ndarray], reference: np.ndarray, dtype: str
-) -> Error:
+    name: str, got: np.ndarray, honest: Sequence[np.ndarray], reference: np.ndarray, dtype: str,
+    rounded: np.ndarray | None = None,
+) -> Error:  # fmt: skip
     """Compare `got` with `reference`, allowing a multiple of what the `honest` evaluations were off.
 
-    `dtype` is the type that results are rounded to.
+    `dtype` is the type that results are rounded to. `rounded` is an evaluation whose weights were rounded to a narrow
+    type, as every kernel does that multiplies bfloat16: twice its error may take the place of the others'.
     """
     wide = reference.dtype
     finite = np.isfinite(reference)
@@ -60,8 +63,18 @@ def judge(
         error = np.abs(got - reference)[finite].max()
         off = [np.abs(h.astype(wide) - reference)[finite] for h in honest]
     own = max(float(o[np.isfinite(o)].max(initial=0)) for o in off)
+    own *= FACTOR
+    if rounded is not None:
+        own = max(
+            own, ROUNDED * float(np.nanmax(np.abs(rounded.astype(wide) - reference)[finite], initial=0))
+        )
     rounding = ROWS[dtype].roundoff * np.abs(reference[finite]).max()
-    return Error(name, float(error), float(FACTOR * own + rounding), same)
+    return Error(name, float(error), float(own + rounding), same)
+
+
+def rounds_weights(dtype: str) -> str | None:
+    """The type that kernels may round weights to where q, k and v have `dtype`; None where they may not."""
+    return dtype if dtype == "bfloat16" else None
 
 
 def nudged(x: np.ndarray, acc_dtype: str, rng: np.random.Generator) -> np.ndarray:

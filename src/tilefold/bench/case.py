@@ -17,7 +17,7 @@ from ..api import attention, attention_grad
 from ..call import Options, understand
 from ..dtypes import ROWS
 from ..naive import naive, naive_grad, naive_weights
-from .budgets import Error, judge, nudged, reference_type
+from .budgets import Error, judge, nudged, reference_type, rounds_weights
 
 WORDS = """\
 float32 | float64 | float16 | bfloat16       type of q, k, v
@@ -226,8 +226,11 @@ class Case:
         right = naive(a.q, a.k, a.v, **a.options, dtype=wide)
         plain = naive(a.q, a.k, a.v, **a.options, dtype=acc)
         moved = naive(b.q, b.k, b.v, **b.options, dtype=wide)
+        narrow = rounds_weights(self.dtype)
+        rounded = naive(a.q, a.k, a.v, **a.options, dtype=acc, weights_dtype=narrow) if narrow else None
         for i, (name, mine, dtype) in enumerate((("out", out, self.dtype), ("lse", lse, acc))):
-            report.errors.append(judge(name, mine, (plain[i], moved[i]), right[i], dtype))
+            weights = rounded[0] if rounded is not None and name == "out" else None
+            report.errors.append(judge(name, mine, (plain[i], moved[i]), right[i], dtype, weights))
         got = attention_grad(a.q, a.k, a.v, out, lse, a.dout, a.dlse, **a.options)
         right_g = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=wide)
         plain_g = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=acc, saved=(out, lse))
