@@ -465,9 +465,9 @@ BAD = {
         "plan must have blocks of at least 1 x 1, got 0 x",
     ),
     "plan: another backend's": (
-        {"plan": replace(OTHER_PLAN, backend="native"), "causal": True, "invariant": True},
-        tf.BackendRefused,
-        "plan is for the backend 'native', which refuses: ",
+        {"plan": replace(OTHER_PLAN, backend="cuda"), "causal": True},
+        ValueError,
+        "plan is for the backend 'cuda', which does not exist",
     ),
     "plan: cannot do what is asked": (
         {"plan": tf.explain(Q, K, V, backend="numpy").plan, "invariant": True},
