@@ -94,7 +94,7 @@ def _caption(file: File) -> str:
     shares = "; ".join(f"{_rate(file, roof)} of {file['peaks'][roof]['what']}" for roof in roofs)
     return (
         f"Medians of {file['rounds']} interleaved rounds on {_threads(file)} of {machine['cpu']}, by "
-        f"`{file['command']}`. **Bold** is fastest, – cannot, *wrong* is out of its error budget. Memory is what NumPy "
+        f"`{file['command']}`. **Bold** is fastest, – cannot, *wrong* is out of its error budget. Memory is what was "
         f"allocated beyond the inputs, output included. Shares of peak are tilefold's, of what was measured beside it: "
         f"{shares}."
     )

@@ -190,7 +190,8 @@ class _Stage:
         self.parity = self.parity or Parity(self.scenario, self.inputs)
         row.error = self.parity.check(timed.result)
         if isinstance(timed, Here) and not row.peer.foreign:
-            row.bytes = peak_bytes(timed.call)
+            unseen = row.peer.unseen(self.scenario, self.inputs) if row.peer.unseen else 0
+            row.bytes = peak_bytes(timed.call) + unseen
         return timed
 
     def _ready(self, peer: Peer) -> Timed:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...api import attention
+from ...api import attention, explain
 from ...dtypes import ROWS
 from ...flash import naive_attention
 from ..scenarios import Inputs, Scenario
@@ -26,12 +26,24 @@ def _as_is(out: Any, dtype: str) -> np.ndarray:
     return np.asarray(out)
 
 
-def _flash(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
-    q, k, v, *rest = inputs
-    options: dict[str, Any] = {"bias": rest[0]} if rest else {}
+def _options(scenario: Scenario, inputs: Inputs) -> dict[str, Any]:
+    options: dict[str, Any] = {"bias": inputs[3]} if len(inputs) > 3 else {}
     if not scenario.band.unlimited:
         options["window"] = (scenario.band.left, scenario.band.right)
+    return options
+
+
+def _flash(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
+    q, k, v = inputs[:3]
+    options = _options(scenario, inputs)
     return lambda: attention(q, k, v, **options)
+
+
+def _workspace(scenario: Scenario, inputs: Inputs) -> int:
+    """What the native core allocates out of NumPy's sight."""
+    q, k, v = inputs[:3]
+    plan = explain(q, k, v, **_options(scenario, inputs)).plan
+    return plan.workspace_bytes if plan.backend == "native" else 0
 
 
 def _naive(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
@@ -77,4 +89,6 @@ def _hidden(scenario: Scenario) -> np.ndarray:
 
 
 NAIVE = Peer("naive", _always, _anything, _naive, _as_is, foreign=False, package="numpy")
-FLASH = Peer("tilefold", _always, _anything, _flash, _as_is, foreign=False, package="tilefold")
+FLASH = Peer(
+    "tilefold", _always, _anything, _flash, _as_is, foreign=False, package="tilefold", unseen=_workspace
+)

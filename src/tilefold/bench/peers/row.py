@@ -26,6 +26,7 @@ class Peer:
     apart: str = ""  # `module:NAME` of this row if it runs in a process of its own
     package: str = ""  # whose version counts
     note: str = ""  # how it is called, where that is a choice
+    unseen: Callable[[Scenario, Inputs], int] | None = None  # bytes of a call that tracemalloc does not see
 
     @property
     def version(self) -> str | None:
