@@ -9,6 +9,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <initializer_list>
@@ -121,6 +122,15 @@ double peak(const std::string& what, int threads, double seconds, size_t bytes) 
     throw std::invalid_argument("what must be f32, f64, bf16_dot, amx or read, got " + what);
 }
 
+// Signals are the main thread's; any other must not ask Python, which may be on its way out.
+bool is_main_thread() {
+#if defined(__linux__)
+    return getpid() == gettid();
+#else
+    return true;
+#endif
+}
+
 bool interrupted(void*) {
     nb::gil_scoped_acquire gil;
     return PyErr_CheckSignals() != 0;
@@ -207,7 +217,7 @@ class Fold {
 
    private:
     int64_t fold(const tilefold::Arrays& arrays, const tilefold::Selection& part, int team) const {
-        tilefold::Stop stop({interrupted, nullptr});
+        tilefold::Stop stop({is_main_thread() ? interrupted : nullptr, nullptr});
         int64_t bytes = 0;
         try {
             nb::gil_scoped_release unlocked;
@@ -235,6 +245,7 @@ class Fold {
 
 NB_MODULE(_core, m) {
     m.doc() = "The native core of tilefold.";
+    nb::set_leak_warnings(false);  // a daemon thread in a call keeps its plan to the end of the process
     m.def("version", &version, "The version of tilefold that this core was built for.");
     m.def("cpu_features", &cpu_features,
           "The features that choose a machine, and whether this CPU and its operating system offer them.");

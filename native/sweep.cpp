@@ -10,7 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
+#include <stdexcept>
 #include <thread>
 
 #include "memory.h"
@@ -23,6 +23,13 @@ constexpr double OPERATIONS_PER_THREAD = 4e6;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 int64_t aligned(int64_t bytes) { return up(bytes, 64); }
+
+constexpr double MOST_BYTES = 4e18;
+constexpr int64_t MOST_DIM = int64_t(1) << 40;  // with it no sum below overflows, on any machine that exists
+
+[[noreturn]] void too_large() {
+    throw std::length_error("the problem is too large: its workspace overflows 2^63 bytes");
+}
 
 // One sequence within the arrays.
 struct Frame {
@@ -38,6 +45,7 @@ struct Shape {
 
     // q_len and kv_len are those of the longest sequences.
     Shape(const Problem& p, const Kernels& k, const Settings& s, int64_t q_len, int64_t kv_len) {
+        if (p.dim > MOST_DIM || p.v_dim > MOST_DIM || kv_len > MOST_DIM || q_len > MOST_DIM) too_large();
         units = p.batch * p.kv_heads;
         const int64_t group = p.heads / p.kv_heads;
         tiles = ceil_div(q_len * group, s.tile_rows);
@@ -61,6 +69,9 @@ struct Shape {
         return panel_keys + panel_values + aligned(panel_blocks * int64_t(sizeof(int32_t)));
     }
     int64_t bytes(int64_t workers) const {
+        const double most = double(workers) * double(scratch) + double(slots) * double(slot_bytes()) +
+                            double(states) * double(state);
+        if (most > MOST_BYTES) too_large();
         return workers * aligned(scratch) + slots * slot_bytes() + states * state +
                aligned(counters * int64_t(sizeof(int32_t)));
     }
@@ -99,13 +110,23 @@ class Sweep {
         const int workers = int(std::max<int64_t>(1, std::min(s_.workers, pieces)));
         Memory memory(shape.bytes(s_.workers));
         lay_out(shape, memory.data());
-        tilefold::run(
+        const int took = tilefold::run(
             team, workers, [](void* self, int worker) { static_cast<Sweep*>(self)->work(worker); }, this,
             &stop_);
+        if (!took) start_again();
         return memory.bytes();
     }
 
    private:
+    // In a process that was forked in the middle of the call: the other workers and their pieces stayed
+    // behind.
+    void start_again() {
+        for (Slot& slot : slots_) slot.unit = -1, slot.left = 0;
+        memset(undone_, 0, undone_bytes_);
+        next_ = 0;
+        work(0);
+    }
+
     // Panels of one unit at a time; `left` pieces of it are not done yet.
     struct Slot {
         Panel panel;
@@ -182,7 +203,8 @@ class Sweep {
         states_ = at, state_bytes_ = shape.state;
         at += shape.states * shape.state;
         undone_ = reinterpret_cast<int32_t*>(at);
-        memset(undone_, 0, size_t(shape.counters) * sizeof(int32_t));
+        undone_bytes_ = size_t(shape.counters) * sizeof(int32_t);
+        memset(undone_, 0, undone_bytes_);
     }
 
     Unit unit(const Frame& f, int64_t kv_head) const {
@@ -332,6 +354,7 @@ class Sweep {
     std::atomic<int64_t> next_{0};
     char *scratch_ = nullptr, *states_ = nullptr;
     int32_t* undone_ = nullptr;
+    size_t undone_bytes_ = 0;
     int64_t scratch_bytes_ = 0, state_bytes_ = 0;
 };
 
