@@ -15,7 +15,7 @@ installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
 build test: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test selftest lint bench clean
+.PHONY: help build demo test selftest emulate lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,13 @@ selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=addre
 	    -DCMAKE_BUILD_TYPE=Release -DTILEFOLD_SELFTEST=ON -DTILEFOLD_SANITIZE=$(SANITIZE) --log-level=WARNING
 	.venv/bin/cmake --build build/selftest$(SANITIZE) -- --quiet
 	build/selftest$(SANITIZE)/selftest
+
+emulate: selftest ## The same as on processors without AVX-512 and without AVX2, where qemu-user is installed.
+	@for cpu in Haswell Nehalem; do \
+	    if command -v qemu-x86_64 >/dev/null; then \
+	        echo "as on $$cpu" && qemu-x86_64 -cpu $$cpu build/selftest$(SANITIZE)/selftest 4 2>/dev/null || exit 1; \
+	    else echo "as on $$cpu: skipped, there is no qemu-x86_64"; fi; \
+	done
 
 lint: $(call installed,dev) ## Check style and types of the Python and C++ sources.
 	$(python) -m ruff check

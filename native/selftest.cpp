@@ -883,8 +883,8 @@ void check_stop(const Kernels& kernels) {
 // right. Each call asks for more threads than there were, so that some fail to start.
 void check_no_memory(const Kernels& kernels) {
     Case c(3, DType::float32);
-    c.lengths = PADDED, c.hides = NOTHING, c.batch = 4, c.q_len = 130, c.kv_len = 2100, c.dim = c.v_dim = 8;
-    c.poison = false;
+    c.lengths = PADDED, c.hides = NOTHING, c.poison = false;
+    c.batch = 2, c.kv_heads = 1, c.q_len = 33, c.kv_len = 1030, c.dim = c.v_dim = 8;
     enter("no memory, " + c.text());
     const Data x(c);
     const Kernels k = watch_kernels(kernels);
