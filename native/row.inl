@@ -207,7 +207,8 @@ struct Rows {
         for (int k = 0; k < n && (u.bits || u.cells); k++) {
             const int64_t bit = j + k - c.bits_start;
             const bool shown =
-                (!u.bits || (u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) &&
+                (!u.bits ||
+                 (bit >= 0 && (u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1))) &&
                 (!u.cells || u.cells[g * c.cells.head + i * c.cells.row + (j + k) * c.cells.col]);
             if (!shown) hide[k] = -1;
         }

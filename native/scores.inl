@@ -66,8 +66,9 @@ void load_cells(Vec<E> (&x)[LANES<E>], const Call& c, const Unit& u, const int64
             const int64_t first = j - c.bits_start;
             const uint8_t* row = u.bits + (query[r] - u.first_row) * c.bits_bytes;
             uint32_t word = 0;
+            // A block may begin before the first bit: kernels take keys in multiples.
             for (int64_t byte = first >> 3, n = 0; n < 4 && byte + n < c.bits_bytes; n++)
-                word |= uint32_t(row[byte + n]) << (8 * n);
+                if (byte + n >= 0) word |= uint32_t(row[byte + n]) << (8 * n);
             word >>= first & 7;
             M bit{};
             for (int k = 0; k < W; k++) bit[k] = 1 << k;
