@@ -331,27 +331,45 @@ struct Region {
     const Body body;
     void* const context;
     const int workers;
+    Stop* const stop;
     const std::thread::id caller = std::this_thread::get_id();
-    std::atomic<int> joined{1};
+    const unsigned forks_before = forks;
+    std::atomic<int> joined{1}, inside{0};
 };
+
+// The team's own barrier would not let the caller poll, so it waits here until the others are out of the
+// body. In a child that was forked meanwhile there are no others.
+void wait_for_others(const Region& region) noexcept {
+    while (region.inside.load(std::memory_order_acquire) > 0 && forks == region.forks_before) {
+        if (region.stop && region.stop->check(0)) return;
+        std::this_thread::yield();
+    }
+}
 
 void enter(void* data) noexcept {
     Region& region = *static_cast<Region*>(data);
-    const bool caller = region.caller == std::this_thread::get_id();
-    const int worker = caller ? 0 : region.joined.fetch_add(1, std::memory_order_relaxed);
-    if (worker < region.workers) region.body(region.context, worker);
+    if (region.caller == std::this_thread::get_id()) {
+        region.body(region.context, 0);
+        wait_for_others(region);
+        return;
+    }
+    const int worker = region.joined.fetch_add(1, std::memory_order_relaxed);
+    if (worker >= region.workers) return;
+    region.inside.fetch_add(1, std::memory_order_relaxed);
+    region.body(region.context, worker);
+    region.inside.fetch_sub(1, std::memory_order_release);
 }
 
 // A smaller team than before makes libgomp end threads, which it then creates again for their owner. So ours
 // is no smaller than the owner's, and the surplus leaves at once, as in torch's own regions.
-int run_openmp(OpenMP::Parallel parallel, int workers, Body body, void* context) noexcept {
+int run_openmp(OpenMP::Parallel parallel, int workers, Body body, void* context, Stop* stop) noexcept {
     const auto in_parallel = openmp.in_parallel.load();
     if (in_parallel && in_parallel()) {
         body(context, 0);
         return 1;
     }
     const auto max_threads = openmp.max_threads.load();
-    Region region{body, context, workers};
+    Region region{body, context, workers, stop};
     parallel(enter, &region, static_cast<unsigned>(std::max(workers, max_threads ? max_threads() : 1)), 0);
     return std::min(region.joined.load(), workers);
 }
@@ -401,8 +419,8 @@ int run(Team team, int workers, Body body, void* context, Stop* stop) noexcept {
     workers = std::min(workers, MAX_THREADS);
     const unsigned forks_before = forks;
     const auto parallel = team == Team::OPENMP ? find_openmp() : nullptr;
-    const int took_part =
-        parallel ? run_openmp(parallel, workers, body, context) : pool.run(workers, body, context, stop);
+    const int took_part = parallel ? run_openmp(parallel, workers, body, context, stop)
+                                   : pool.run(workers, body, context, stop);
     if (forks == forks_before) pool.busy.store(false, std::memory_order_release);
     return took_part;
 }
