@@ -7,6 +7,10 @@
 
 namespace tilefold {
 
+// Functions in headers are static: an inline one that is not inlined is a weak symbol.
+static constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static constexpr int64_t aligned(int64_t bytes) { return up(bytes, 64); }
+
 // Distances in elements, of either sign.
 struct Strides {
     int64_t head = 0, row = 0, col = 0;
@@ -38,12 +42,11 @@ struct Panel {
 struct Unit {
     const void *q, *k, *v;
     void *out, *lse;  // lse may be null
-    int64_t q_len, kv_len;
-    int64_t first_row,
-        last_row;          // the query rows to be folded, as rows of `spans` and `bits` count from first_row
-    Band band;             // offset resolved
-    const void* bias;      // null without
-    const uint8_t* cells;  // a boolean array, null without
+    int64_t kv_len;
+    int64_t first_row;            // the query that row 0 of spans and bits stands for
+    Band band;                    // offset resolved
+    const void* bias;             // null without
+    const uint8_t* cells;         // a boolean array, null without
     const int64_t *lo, *hi;       // spans per query from first_row, null without
     const uint8_t* bits;          // packed cells per query from first_row, null without
     const double *alibi, *sinks;  // per head of the group, null without
@@ -87,10 +90,9 @@ struct Kernels {
     void (*join)(const Call&, const Unit&, const Piece&, int64_t segments, int64_t stride);
 };
 
-struct Machine;
-
-// Bytes of the state of one row: maximum, sum, accumulator padded to whole vectors.
-constexpr int64_t state_elements(int64_t v_dim) { return (v_dim + 15) / 16 * 16 + 16; }
+// Elements of the state of one row: maximum, sum, and from the sixteenth on the accumulator, in whole
+// vectors.
+static constexpr int64_t state_elements(int64_t v_dim) { return (v_dim + 15) / 16 * 16 + 16; }
 
 // The kernels of each machine, by storage type.
 #define TILEFOLD_UNIT(isa)                 \

@@ -15,8 +15,6 @@ namespace tilefold {
 namespace {
 
 constexpr int MOST_TILES = 8;
-constexpr int64_t ALIGN = 64;
-constexpr int64_t aligned(int64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
 
 // Hands out pieces of a worker's scratch; with a null base it only counts.
 struct Arena {
@@ -44,6 +42,36 @@ struct Packing {
     static constexpr bool always_keys = always_values && K::PAIR == 1;
     static constexpr int multiple = K::PAIR * K::DEPTH;
 };
+
+// Two states become one: the maximum of both, and what each side is multiplied by. The monoid's only formula.
+template <class E>
+struct Meeting {
+    Vec<E> max, keep, gain;
+
+    TILEFOLD_INLINE Meeting(Vec<E> a, Vec<E> b) : max(::max(a, b)) {
+        const Vec<E> shift = shift_of<E>(max);
+        keep = exp<E>(a - shift);
+        gain = exp<E>(b - shift);
+    }
+    TILEFOLD_INLINE Vec<E> operator()(Vec<E> old, Vec<E> next) const { return fma(next, gain, old * keep); }
+};
+
+// The state that a row begins with: its sink, or nothing.
+template <class E>
+E first_max(const Call& c, const Unit& u, int64_t r) {
+    return u.sinks ? E(u.sinks[r % c.group]) : -INFINITE<E>;
+}
+template <class E>
+E first_sum(E max) {
+    return max > -INFINITE<E> ? E(1) : E(0);
+}
+
+template <class E>
+bool all_finite(const E* x, int64_t n) {
+    Vec<E> odd{};
+    for (const E* end = x + n; x < end; x += LANES<E>) odd += load(x) - load(x);  // 0, or NaN for good
+    return !any(odd != Vec<E>{});
+}
 
 // What a finished row's accumulator is multiplied by; stores its log-sum-exp.
 template <class E>
@@ -183,21 +211,20 @@ struct Tile {
         const bool plain = c.softcap == NO_SOFTCAP && !u.bias && !u.alibi && !sight.holes;
         const bool edge = kind == Kind::EDGE;
         E* const s = desk.scores - (j0 - k0) * N;  // by key of the block
+        const Vec<E> scale = set<E>(E(c.scale)), none = set<E>(-INFINITE<E>);
         if (!plain) {
-            const Vec<E> scale = set<E>(E(c.scale));
-            product<K, NR>(
-                b.keys, queries, desk.depth, j0 - k0, j1 - k0, [=](int64_t j, auto& acc) TILEFOLD_LAMBDA {
-                    constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
-                    each<MR>([&](auto r) TILEFOLD_LAMBDA {
-                        each<NR>([&](auto i)
-                                     TILEFOLD_LAMBDA { store(s + (j + r) * N + i * W, acc[r][i] * scale); });
-                    });
+            const auto keep = [=](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+                constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+                E* const to = s + j * N;
+                each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                    each<NR>([&](auto i) TILEFOLD_LAMBDA { store(to + r * N + i * W, acc[r][i] * scale); });
                 });
+            };
+            product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, keep);
             finish_scores<E, NR>(c, u, sight, r0, rows, j0, j1, edge, desk.scores, top);
             return;
         }
-        const Vec<E> scale = set<E>(E(c.scale)), none = set<E>(-INFINITE<E>);
-        Mask<E> lo[NR], hi[NR];  // relative to the block
+        Mask<E> lo[NR]{}, hi[NR]{};  // relative to the block
         int64_t full0 = k0, full1 = j1;
         if (edge) {
             for (int r = 0; r < N; r++) {
@@ -208,8 +235,7 @@ struct Tile {
         }
         Vec<E> highest[NR];  // copies that stores cannot alias, so that they may stay in registers
         each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = top[i]; });
-        product<K,
-                NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+        const auto finish = [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
             constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
             E* const to = s + j * N;
             if (__builtin_expect(k0 + j < full0 || k0 + j + MR > full1, 0)) {
@@ -235,7 +261,8 @@ struct Tile {
                 });
             });
             each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = max(strip_top[i], highest[i]); });
-        });
+        };
+        product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, finish);
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = highest[i]; });
     }
 
@@ -262,8 +289,7 @@ struct Tile {
                     const Vec<E> q = exp<E>(load(s + N + i * W) - less[i]);
                     total_of[i] += p;
                     total_of[i] += q;
-                    store(to + i * W, bits_as<Vec<E>>((bits_as<U32>(p) + 0x8000u) >> 16 |
-                                                      ((bits_as<U32>(q) + 0x8000u) & 0xffff0000u)));
+                    store(to + i * W, bits_as<Vec<E>>(pair_up<U32>(p, q)));
                 });
         }
         each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = total_of[i]; });
@@ -273,12 +299,12 @@ struct Tile {
     void accumulate(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
         const int64_t steps = up(keys, K::KEYS) / K::PAIR;
         const A* p = reinterpret_cast<const A*>(desk.scores);
-        E* const to =
-            part;  // vectors may alias anything, so what a strip needs is copied to where they cannot reach
+        // Vectors may alias anything, so what a strip needs is copied to where they cannot reach.
+        E* const to = part;
         const bool fresh = first;
         Vec<E> factor_of[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { factor_of[i] = keep[i]; });
-        product<K, NR>(values, p, steps, 0, desk.c.v_dim, [=](int64_t d, auto& acc) TILEFOLD_LAMBDA {
+        const auto add = [=](int64_t d, auto& acc) TILEFOLD_LAMBDA {
             constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
             E* const o = to + d * N;
             if (fresh)
@@ -291,7 +317,8 @@ struct Tile {
                         store(o + r * N + i * W, fma(load(o + r * N + i * W), factor_of[i], acc[r][i]));
                     });
                 });
-        });
+        };
+        product<K, NR>(values, p, steps, 0, desk.c.v_dim, add);
     }
 
     // ---- a block whose values hold NaN or infinity that some lane does not see ----
@@ -369,7 +396,7 @@ struct Tile {
         score(desk, b, k0, j0, j1, kind, top);
         if constexpr (CAREFUL) note_seen(desk, j0, j1 - j0);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
-            shift[i] = select<E>(top[i] == set<E>(-INFINITE<E>), Vec<E>{}, top[i]);
+            shift[i] = shift_of<E>(top[i]);
             keep[i] = exp<E>(load(max_part + i * W) - shift[i]);
             store(max_part + i * W, top[i]);
         });
@@ -388,19 +415,10 @@ struct Tile {
     // Looks at what the segment gave; only where something is not finite and something is hidden is it done
     // again.
     void check(Desk<K, T>& desk, int64_t s0, int64_t s1) {
-        if (first || !hidden || all_finite(desk.c)) return;
+        if (first || !hidden || all_finite(part, desk.c.v_dim * N)) return;
         begin_segment();
         for (int64_t k0 = s0 / desk.c.block_k * desk.c.block_k; k0 < s1; k0 += desk.c.block_k)
             fold_block<true>(desk, k0, s0, s1);
-    }
-
-    bool all_finite(const Call& c) const {
-        Vec<E> odd{};
-        for (const E *o = part, *end = part + c.v_dim * N; o < end; o += W) {
-            const Vec<E> x = load(o);
-            odd += x - x;  // 0, or NaN for good
-        }
-        return !any(odd != Vec<E>{});
     }
 
     // Joins this segment to those before it.
@@ -413,20 +431,13 @@ struct Tile {
             empty = false;
             return;
         }
-        Vec<E> keep[NR], gain[NR];
-        each<NR>([&](auto i) TILEFOLD_LAMBDA {
-            const Vec<E> a = load(max_total + i * W), b = load(max_part + i * W), m = max(a, b);
-            const Vec<E> shift = select<E>(m == set<E>(-INFINITE<E>), Vec<E>{}, m);
-            keep[i] = exp<E>(a - shift);
-            gain[i] = exp<E>(b - shift);
-            store(max_total + i * W, m);
-            store(sum_total + i * W, fma(load(sum_part + i * W), gain[i], load(sum_total + i * W) * keep[i]));
-        });
-        for (int64_t at = 0; at < c.v_dim * N; at += N)
-            each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                E* o = total + at + i * W;
-                store(o, fma(load(part + at + i * W), gain[i], load(o) * keep[i]));
-            });
+        for (int i = 0; i < N; i += W) {
+            const Meeting<E> meet(load(max_total + i), load(max_part + i));
+            store(max_total + i, meet.max);
+            store(sum_total + i, meet(load(sum_total + i), load(sum_part + i)));
+            for (int64_t at = i; at < c.v_dim * N; at += N)
+                store(total + at, meet(load(total + at), load(part + at)));
+        }
     }
     static void swap(E*& a, E*& b) {
         E* const t = a;
@@ -436,9 +447,8 @@ struct Tile {
 
     void begin_total(const Call& c, const Unit& u) {
         for (int r = 0; r < N; r++) {
-            const E sink = u.sinks ? E(u.sinks[(r0 + least(r, rows - 1)) % c.group]) : -INFINITE<E>;
-            max_total[r] = sink;
-            sum_total[r] = sink > -INFINITE<E> ? E(1) : E(0);
+            max_total[r] = first_max<E>(c, u, r0 + least(r, rows - 1));
+            sum_total[r] = first_sum(max_total[r]);
         }
         memset(total, 0, size_t(c.v_dim * N) * sizeof(E));
     }
@@ -577,17 +587,15 @@ void join_states(const Call& c, const Unit& u, const Piece& p, int64_t segments,
     for (int64_t r = p.r0; r < p.r1; r++) {
         // Segment 0's own state becomes the total, after the sinks that come before it.
         E* const acc = reinterpret_cast<E*>(states) + (r - p.r0) * pitch;
-        E m = u.sinks ? E(u.sinks[r % c.group]) : acc[0];
-        E d = u.sinks ? E(m > -INFINITE<E>) : acc[1];
+        E m = u.sinks ? first_max<E>(c, u, r) : acc[0];
+        E d = u.sinks ? first_sum(m) : acc[1];
         for (int64_t n = u.sinks ? 0 : 1; n < segments; n++) {
             const E* next = reinterpret_cast<const E*>(states + n * stride) + (r - p.r0) * pitch;
-            const E old = m;
-            m = old > next[0] ? old : next[0];
-            const Vec<E> shift = set<E>(m == -INFINITE<E> ? E(0) : m);
-            const Vec<E> keep = exp<E>(set<E>(old) - shift), gain = exp<E>(set<E>(next[0]) - shift);
-            d = fma(set<E>(next[1]), gain, set<E>(d) * keep)[0];
+            const Meeting<E> meet(set<E>(m), set<E>(next[0]));
+            m = meet.max[0];
+            d = meet(set<E>(d), set<E>(next[1]))[0];
             for (int64_t x = 16; x < 16 + width; x += W)
-                store(acc + x, fma(load(next + x), gain, (n == 0 ? Vec<E>{} : load(acc + x)) * keep));
+                store(acc + x, meet(n == 0 ? Vec<E>{} : load(acc + x), load(next + x)));
         }
         finish_row<E, T>(c, u, r, m, d, acc + 16);
     }

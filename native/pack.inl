@@ -95,7 +95,7 @@ inline void copy_rows(const BFloat* from, int64_t row, int64_t col, int64_t n, i
 
 #ifdef TILEFOLD_HAS_DOT2
 // Values [n][width] as pairs of keys by dimension, [width][pitch] of pairs: Vᵀ, so that a row of A is a
-// dimension. Keys beyond n count as 0 up to `pitch` pairs; rows up to a multiple of 16 dimensions are filled.
+// dimension. Keys beyond n count as 0 up to `pitch` pairs.
 inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64_t n, int64_t width,
                              uint32_t* to, int64_t pitch) {
     constexpr int W = LANES<float>;

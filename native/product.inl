@@ -13,8 +13,6 @@
 namespace tilefold {
 namespace {
 
-constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or
 // dims per A. It takes keys in multiples of KEYS, and depth in multiples of DEPTH.
 struct Single {

@@ -95,8 +95,8 @@ struct Rows {
 
     void begin_total() {
         for (int r = 0; r < R; r++) {
-            max_total[r] = u.sinks ? E(u.sinks[row_of(r) % c.group]) : -INFINITE<E>;
-            sum_total[r] = max_total[r] > -INFINITE<E> ? E(1) : E(0);
+            max_total[r] = first_max<E>(c, u, row_of(r));
+            sum_total[r] = first_sum(max_total[r]);
         }
         memset(total, 0, size_t(R * width) * sizeof(E));
     }
@@ -106,29 +106,25 @@ struct Rows {
     // Scaled products of the rows with W keys from j on, of which `n` exist.
     TILEFOLD_INLINE void products(int64_t j, int64_t n, Vec<E> (&acc)[R]) const {
         const T* from = static_cast<const T*>(u.k) + j * c.k.row;
-        each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = Vec<E>{}; });
-        int64_t at = 0;
         const A* q = queries;
-        for (; at + W <= c.dim / PAIR; at += W) step<W>(from, n, at, q, acc);
-        const int64_t left = (c.dim + PAIR - 1) / PAIR - at;
-        if (left) {
-            Vec<E> x[W];
+        const auto add = [&](int64_t d, Vec<E> keys) TILEFOLD_LAMBDA {
+            each<R>([&](auto r) TILEFOLD_LAMBDA {
+                acc[r] = K::step(acc[r], q[r * depth + d], bits_as<Vec<A>>(keys));
+            });
+        };
+        each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = Vec<E>{}; });
+        Vec<E> x[W];
+        int64_t at = 0;
+        for (; at + W <= c.dim / PAIR; at += W) {
             columns(from, n, at, x);
-            for (int64_t d = 0; d < left; d++) {
-                const Vec<E> k = x[d];
-                each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = times(acc[r], q[r * depth + at + d], k); });
-            }
+            each<W>([&](auto d) TILEFOLD_LAMBDA { add(at + d, x[d]); });
+        }
+        if (const int64_t left = up(c.dim, PAIR) / PAIR - at) {
+            columns(from, n, at, x);
+            for (int64_t d = 0; d < left; d++) add(at + d, x[d]);
         }
         const Vec<E> scale = set<E>(E(c.scale));
         each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = acc[r] * scale; });
-    }
-    template <int D>
-    TILEFOLD_INLINE void step(const T* from, int64_t n, int64_t at, const A* q, Vec<E> (&acc)[R]) const {
-        Vec<E> x[W];
-        columns(from, n, at, x);
-        each<D>([&](auto d) TILEFOLD_LAMBDA {
-            each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = times(acc[r], q[r * depth + at + d], x[d]); });
-        });
     }
     // x[d]: dim (or pair of dims) at + d of W keys.
     TILEFOLD_INLINE void columns(const T* from, int64_t n, int64_t at, Vec<E> (&x)[W]) const {
@@ -142,9 +138,6 @@ struct Rows {
 #endif
         });
         transpose<E>(x);
-    }
-    static TILEFOLD_INLINE Vec<E> times(Vec<E> acc, A q, Vec<E> k) {
-        return K::step(acc, q, bits_as<Vec<A>>(k));
     }
 
     // Scores of keys j0 … j1 into scores[r][j − j0], whole vectors with −inf at the end; raises `top`.
@@ -186,12 +179,12 @@ struct Rows {
 
     // softcap → bias and ALiBi → single hidden cells, for row r and keys from j on.
     __attribute__((noinline)) Vec<E> transformed(Vec<E> x, int r, int64_t j, int64_t n) const {
-        const int64_t row = row_of(r), i = row / c.group, g = row % c.group;
+        const Row row(row_of(r), c.group);
         const Vec<E> none = set<E>(-INFINITE<E>);
         if (c.softcap != NO_SOFTCAP) x = set<E>(E(c.softcap)) * tanh<E>(x / set<E>(E(c.softcap)));
         M hide{};
         if (u.bias) {
-            const int64_t from = g * c.bias.head + i * c.bias.row + j * c.bias.col;
+            const int64_t from = row.at(c.bias) + j * c.bias.col;
             Vec<E> bias{};
             for (int k = 0; k < n; k++) bias[k] = number<E>(u.bias, c.bias_type, from + k * c.bias.col);
             hide = bias == none;
@@ -200,18 +193,12 @@ struct Rows {
         if (u.alibi) {
             // The same differences as in a tile, whose first key they are counted from there: small integers,
             // exact.
-            const Vec<E> far = set<E>(E(i + u.band.offset - j)) - iota<E>();
-            x -= set<E>(E(u.alibi[g])) * max(far, -far);
+            const Vec<E> far = set<E>(E(row.query + u.band.offset - j)) - iota<E>();
+            x -= set<E>(E(u.alibi[row.head])) * max(far, -far);
         }
         x = select<E>(x == x, x, set<E>(E(__builtin_nan(""))));
-        for (int k = 0; k < n && (u.bits || u.cells); k++) {
-            const int64_t bit = j + k - c.bits_start;
-            const bool shown =
-                (!u.bits ||
-                 (bit >= 0 && (u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1))) &&
-                (!u.cells || u.cells[g * c.cells.head + i * c.cells.row + (j + k) * c.cells.col]);
-            if (!shown) hide[k] = -1;
-        }
+        for (int k = 0; k < n && (u.bits || u.cells); k++)
+            if (!shows(c, u, row, j + k)) hide[k] = -1;
         return select<E>(hide, none, x);
     }
 
@@ -231,8 +218,7 @@ struct Rows {
                 memcpy(p, s, size_t(keys) * sizeof(E));
             else
                 for (int64_t k = 0; k < keys; k += 2)
-                    p[k / 2] = (bits_as<uint32_t>(s[k]) + 0x8000u) >> 16 |
-                               (k + 1 < keys ? (bits_as<uint32_t>(s[k + 1]) + 0x8000u) & 0xffff0000u : 0u);
+                    p[k / 2] = pair_up<uint32_t>(s[k], k + 1 < keys ? s[k + 1] : E(0));
         }
     }
 
@@ -325,7 +311,7 @@ struct Rows {
                 for (int64_t k = 0; k < j1 - j0; k++)
                     seen[r * keys_most + k] = sees<E>(c, u, Row(row_of(r), c.group), j0 + k);
         for (int r = 0; r < R; r++) {
-            shift[r] = top[r] == -INFINITE<E> ? E(0) : top[r];
+            shift[r] = shift_of<E>(set<E>(top[r]))[0];
             keep[r] = exp<E>(set<E>(max_part[r]) - set<E>(shift[r]))[0];
             max_part[r] = top[r];
         }
@@ -341,15 +327,9 @@ struct Rows {
         begin_segment();
         const int64_t begin = most(s0, sight.first) / c.block_k * c.block_k, end = least(s1, sight.last);
         for (int64_t k0 = begin; k0 < end; k0 += c.block_k) fold_block<false>(k0, s0, s1);
-        if (first || !hidden || all_finite()) return;
+        if (first || !hidden || all_finite(part, R * width)) return;
         begin_segment();
         for (int64_t k0 = begin; k0 < end; k0 += c.block_k) fold_block<true>(k0, s0, s1);
-    }
-
-    bool all_finite() const {
-        Vec<E> odd{};
-        for (const E *o = part, *end = part + R * width; o < end; o += W) odd += load(o) - load(o);
-        return !any(odd != Vec<E>{});
     }
 
     void merge() {
@@ -362,13 +342,11 @@ struct Rows {
             return;
         }
         for (int r = 0; r < R; r++) {
-            const E old = max_total[r], m = old > max_part[r] ? old : max_part[r];
-            const Vec<E> shift = set<E>(m == -INFINITE<E> ? E(0) : m);
-            const Vec<E> keep = exp<E>(set<E>(old) - shift), gain = exp<E>(set<E>(max_part[r]) - shift);
-            max_total[r] = m;
-            sum_total[r] = fma(set<E>(sum_part[r]), gain, set<E>(sum_total[r]) * keep)[0];
+            const Meeting<E> meet(set<E>(max_total[r]), set<E>(max_part[r]));
+            max_total[r] = meet.max[0];
+            sum_total[r] = meet(set<E>(sum_total[r]), set<E>(sum_part[r]))[0];
             for (int64_t d = r * width; d < (r + 1) * width; d += W)
-                store(total + d, fma(load(part + d), gain, load(total + d) * keep));
+                store(total + d, meet(load(total + d), load(part + d)));
         }
     }
 
@@ -414,7 +392,7 @@ void fold_row(const Call& c, const Unit& u, const Piece& p, Worker& w) {
 template <class K, class T>
 int64_t scratch_of(const Call& c, int64_t rows) {
     Worker w{};
-    Unit u{};
+    static const Unit u{};
     Arena tiles{nullptr}, few{nullptr};
     Tiles<K, T>(c, u, w, rows, tiles);
     if constexpr (!K::IN_TILES)

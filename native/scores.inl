@@ -9,6 +9,13 @@ namespace {
 template <class E>
 constexpr E INFINITE = E(__builtin_inf());
 
+// What is subtracted from scores before exp: their maximum, but nothing where nobody has been seen, since
+// −inf − (−inf) is NaN. The only place that looks after it.
+template <class E>
+TILEFOLD_INLINE Vec<E> shift_of(Vec<E> top) {
+    return select<E>(top == set<E>(-INFINITE<E>), Vec<E>{}, top);
+}
+
 // One number of an array whose type is known only at run time.
 template <class E>
 TILEFOLD_INLINE E number(const void* p, DType type, int64_t at) {
@@ -83,25 +90,30 @@ void load_cells(Vec<E> (&x)[LANES<E>], const Call& c, const Unit& u, const int64
     }
 }
 
+// Whether single cells show key j to a query row.
+inline bool shows(const Call& c, const Unit& u, const Row& row, int64_t j) {
+    const int64_t bit = j - c.bits_start;  // a block may begin before the first one
+    if (u.bits &&
+        (bit < 0 || !(u.bits[(row.query - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)))
+        return false;
+    return !u.cells || u.cells[row.at(c.cells) + j * c.cells.col];
+}
+
 // Whether a query row sees key j; slow, for the few times that scores cannot tell.
 template <class E>
 bool sees(const Call& c, const Unit& u, const Row& row, int64_t j) {
-    const int64_t i = row.query, g = row.head, spans = u.lo ? c.spans : 1;
+    const int64_t spans = u.lo ? c.spans : 1;
     bool covered = false;
     for (int64_t n = 0; n < spans && !covered; n++) {
         int64_t lo, hi;
         if (u.lo)
-            Sight<1>::span(i, n, c, u, lo, hi);
+            Sight<1>::span(row.query, n, c, u, lo, hi);
         else
-            band_of(u, i, lo, hi);
+            band_of(u, row.query, lo, hi);
         covered = lo <= j && j < hi;
     }
-    if (!covered) return false;
-    const int64_t bit = j - c.bits_start;
-    if (u.bits && !(u.bits[(i - u.first_row) * c.bits_bytes + (bit >> 3)] >> (bit & 7) & 1)) return false;
-    if (u.cells && !u.cells[g * c.cells.head + i * c.cells.row + j * c.cells.col]) return false;
-    return !u.bias ||
-           number<E>(u.bias, c.bias_type, g * c.bias.head + i * c.bias.row + j * c.bias.col) != -INFINITE<E>;
+    if (!covered || !shows(c, u, row, j)) return false;
+    return !u.bias || number<E>(u.bias, c.bias_type, row.at(c.bias) + j * c.bias.col) != -INFINITE<E>;
 }
 
 // Whether it sees any key at all: asked only where no score was above −inf.
@@ -127,13 +139,14 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
     for (int v = 0; v < NR; v++) {
         int64_t query[W], bias_at[W], cells_at[W];
         Vec<E> slope{}, at{};
+        Row each_row(r0 + least(v * W, rows - 1), c.group);
         for (int k = 0; k < W; k++) {
-            const int64_t r = r0 + least(v * W + k, rows - 1), i = r / c.group, g = r % c.group;
-            query[k] = i;
-            bias_at[k] = g * c.bias.head + i * c.bias.row;
-            cells_at[k] = g * c.cells.head + i * c.cells.row;
-            if (u.alibi) slope[k] = E(u.alibi[g]);
-            at[k] = E(i + u.band.offset - j0);
+            query[k] = each_row.query;
+            bias_at[k] = each_row.at(c.bias);
+            cells_at[k] = each_row.at(c.cells);
+            if (u.alibi) slope[k] = E(u.alibi[each_row.head]);
+            at[k] = E(each_row.query + u.band.offset - j0);
+            if (v * W + k + 1 < rows) each_row.next();
         }
         for (int64_t j = j0; j < j1; j += W) {
             const int64_t keys = least(W, j1 - j);

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <thread>
+#include <vector>
 
 #include "memory.h"
 
@@ -21,8 +22,6 @@ namespace {
 constexpr double OPERATIONS_PER_THREAD = 4e6;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-int64_t aligned(int64_t bytes) { return up(bytes, 64); }
 
 constexpr double MOST_BYTES = 4e18;
 constexpr int64_t MOST_DIM = int64_t(1) << 40;  // with it no sum below overflows, on any machine that exists
@@ -217,8 +216,7 @@ class Sweep {
         if (a_.lse)
             u.lse = a_.lse.data +
                     (lead_at(a_.lse, 2, f.item) + head * c_.lse.head + f.q0 * c_.lse.row) * width(a_.lse);
-        u.q_len = f.q_len, u.kv_len = f.kv_len;
-        u.first_row = first_row(f), u.last_row = last_row(f);
+        u.kv_len = f.kv_len, u.first_row = first_row(f);
         u.band = p_.band;
         if (u.band.offset == PER_SEQUENCE) u.band.offset = f.kv_len - f.q_len;
         if (a_.bias) u.bias = cell(a_.bias, f, head);
@@ -284,7 +282,7 @@ class Sweep {
         Unit u = unit(f, part_.head < 0 ? head : part_.head / group_);
         Piece piece{};
         piece.r0 = u.first_row * c_.group + tile * s_.tile_rows;
-        piece.r1 = std::min(piece.r0 + s_.tile_rows, u.last_row * c_.group);
+        piece.r1 = std::min(piece.r0 + s_.tile_rows, last_row(f) * c_.group);
         const int64_t order = int64_t(at) * heads() + head;  // of the unit
         if (s_.splits > 1) {
             split(u, piece, order, tile, rest % segments_here, segments_here, w);

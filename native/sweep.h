@@ -5,9 +5,6 @@
 
 #include <stdint.h>
 
-#include <memory>
-#include <vector>
-
 #include "executor.h"
 #include "fold.h"
 #include "problem.h"
@@ -37,8 +34,8 @@ struct Array {
 struct Arrays {
     Array q, k, v, out, lse, bias, cells;
     const double *alibi = nullptr, *sinks = nullptr;
-    const int64_t *q_ends = nullptr,
-                  *kv_ends = nullptr;  // lengths per batch item, or cumulative ones when packed
+    // Lengths per batch item, or cumulative ones when packed.
+    const int64_t *q_ends = nullptr, *kv_ends = nullptr;
 };
 
 // What part of a call is folded, and what the mask says of it: query rows first_row … last_row of each
@@ -61,7 +58,7 @@ Settings resized(const Problem& p, const Kernels& kernels, Settings s);
 // Bytes that fold() will allocate; fewer where all sequences are shorter than q_len and kv_len.
 int64_t workspace(const Problem& p, const Kernels& kernels, const Settings& s);
 
-// Folds; bytes allocated. Throws std::bad_alloc. `stopped` is set where `stop` ended it early.
+// Folds; bytes allocated. Throws std::bad_alloc. Where `stop` ended it early the results are incomplete.
 int64_t fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
              const Selection& part, Team team, Stop& stop);
 

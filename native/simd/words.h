@@ -17,7 +17,6 @@ namespace {
 
 template <int N>
 struct Int {
-    static constexpr int value = N;
     constexpr operator int() const { return N; }
 };
 template <int... I>
@@ -53,9 +52,7 @@ using Vec = typename VectorOf<E>::type;
 
 using F32 = Vec<float>;
 using F64 = Vec<double>;
-using I32 = Vec<int32_t>;
 using U32 = Vec<uint32_t>;
-using I64 = Vec<int64_t>;
 
 template <class E>
 constexpr int LANES = BYTES / int(sizeof(E));
@@ -80,6 +77,7 @@ struct Float<float> {
     // (e^f − 1) / f to the last bit or nearly, for scores, whose errors no sum averages away.
     static constexpr float fine[] = {1.0f / 40320, 1.0f / 5040, 1.0f / 720, 1.0f / 120,
                                      1.0f / 24,    1.0f / 6,    0.5f,       1.0f};
+    static constexpr int terms = 6, fine_terms = 8;
 };
 template <>
 struct Float<double> {
@@ -103,19 +101,8 @@ struct Float<double> {
                                       0.5,
                                       1.0,
                                       1.0};
-    static constexpr double fine[] = {1.0 / 6227020800,
-                                      1.0 / 479001600,
-                                      1.0 / 39916800,
-                                      1.0 / 3628800,
-                                      1.0 / 362880,
-                                      1.0 / 40320,
-                                      1.0 / 5040,
-                                      1.0 / 720,
-                                      1.0 / 120,
-                                      1.0 / 24,
-                                      1.0 / 6,
-                                      0.5,
-                                      1.0};
+    static constexpr int terms = 14, fine_terms = 13;  // without its last term it is (e^f − 1) / f
+    static constexpr const double (&fine)[14] = poly;
 };
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 template <class E>
@@ -262,10 +249,11 @@ TILEFOLD_INLINE Reduced<E> reduce(Vec<E> x) {
 #endif
     return {f, bits_as<Vec<E>>(bits_as<Mask<E>>(z) << T::mantissa)};
 }
-template <class E, int N>
-TILEFOLD_INLINE Vec<E> polynomial(const E (&c)[N], Vec<E> f) {
+// c[0] · f^(TERMS − 1) + … + c[TERMS − 1].
+template <int TERMS, class E>
+TILEFOLD_INLINE Vec<E> polynomial(const E* c, Vec<E> f) {
     Vec<E> p = set<E>(c[0]);
-    each<N - 1>([&](auto i) TILEFOLD_LAMBDA { p = fma(p, f, set<E>(c[i + 1])); });
+    each<TERMS - 1>([&](auto i) TILEFOLD_LAMBDA { p = fma(p, f, set<E>(c[i + 1])); });
     return p;
 }
 
@@ -273,7 +261,7 @@ TILEFOLD_INLINE Vec<E> polynomial(const E (&c)[N], Vec<E> f) {
 template <class E>
 TILEFOLD_INLINE Vec<E> exp(Vec<E> x) {
     const Reduced<E> r = reduce<E>(max(set<E>(Float<E>::least), x));
-    return polynomial(Float<E>::poly, r.f) * r.power;
+    return polynomial<Float<E>::terms>(Float<E>::poly, r.f) * r.power;
 }
 
 // tanh(x), accurate relative to x down to 0: with e = e^|2x| − 1 it is e / (e + 2).
@@ -283,15 +271,22 @@ TILEFOLD_INLINE Vec<E> tanh(Vec<E> x) {
     const Vec<E> size = select<E>(negative, -x, x);
     // Beyond 20 tanh is 1 in either type. NaN comes last, so it is kept.
     const Reduced<E> r = reduce<E>(-max(set<E>(E(-20)), -size) * set<E>(E(2)));
-    const Vec<E> e = fma(polynomial(Float<E>::fine, r.f) * r.f, r.power, r.power - set<E>(E(1)));
+    const Vec<E> e =
+        fma(polynomial<Float<E>::fine_terms>(Float<E>::fine, r.f) * r.f, r.power, r.power - set<E>(E(1)));
     Vec<E> y = e / (e + set<E>(E(2)));
     if constexpr (sizeof(E) == 4) {  // where most scores lie: x − x³ / 3 + …, whose one rounding is the last
         constexpr float odd[] = {-1382.0f / 155925, 62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3};
         const Vec<E> square = size * size;
-        const Vec<E> small = fma(size * square, polynomial(odd, square), size);
+        const Vec<E> small = fma(size * square, polynomial<5>(odd, square), size);
         y = select<E>(size < set<E>(E(0.25)), small, y);
     }
     return select<E>(negative, -y, y);
+}
+
+// Two weights as bf16, the first one in the lower half; rounded to nearest, halves upwards.
+template <class Unsigned, class X>
+TILEFOLD_INLINE Unsigned pair_up(X low, X high) {
+    return (bits_as<Unsigned>(low) + 0x8000u) >> 16 | ((bits_as<Unsigned>(high) + 0x8000u) & 0xffff0000u);
 }
 
 template <class E, int STEP, int... I>
