@@ -54,6 +54,31 @@ print(*(interrupted(lambda: tf.attention(*arguments)) for n in range(4)))
     assert max(late) < BUSY, late
 
 
+@pytest.mark.parametrize("team", [TORCHS])
+@pytest.mark.parametrize("lengths", [[100, 96, 96], [150, 50]], ids=["first", "second"])
+def test_ctrl_c_when_the_calling_thread_has_nothing_left_to_do(lengths, team):
+    """The one that takes the first sequence is done before the other's last, or the one that takes the second is."""
+    said = python(
+        INTERRUPT
+        + f"""
+lengths = {lengths}
+q_ends = np.arange(len(lengths) + 1) * 40
+kv_ends = np.concatenate([[0], np.cumsum(lengths)]) * 60_000
+arguments = of_length(q_ends[-1], kv_ends[-1])
+call = lambda: tf.attention(*arguments, cu_seqlens_q=q_ends, cu_seqlens_k=kv_ends)
+call()
+start = time.monotonic()
+call()
+took = time.monotonic() - start
+print(*(interrupted(call, after=0.75 * took) for n in range(4)))
+        """,
+        **team,
+    )
+    late = [float(x) for x in said.split()]
+    assert min(late) < PROMISED, late
+    assert max(late) < BUSY, late
+
+
 @pytest.mark.parametrize("team", [TWO, TORCHS])
 def test_handlers_run_during_a_call_and_may_call_too(team):
     said = python(
