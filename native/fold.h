@@ -50,6 +50,7 @@ struct Unit {
     const int64_t *lo, *hi;       // spans per query from first_row, null without
     const uint8_t* bits;          // packed cells per query from first_row, null without
     const double *alibi, *sinks;  // per head of the group, null without
+    int32_t* infinite;            // set to 1 where the highest score of a row is +inf
     Panel panel;                  // null pointers where nothing is packed for several tiles
 };
 

@@ -78,6 +78,7 @@ template <class E>
 E settle(const Call& c, const Unit& u, const Row& row, E m, E d) {
     // A row that sees keys and still found only −inf has overflowed: that is NaN, never a silent 0.
     if (m == -INFINITE<E> && sees_any<E>(c, u, row)) d = m = E(__builtin_nan(""));
+    if (m == INFINITE<E>) __atomic_store_n(u.infinite, 1, __ATOMIC_RELAXED);
     if (u.lse)
         static_cast<E*>(u.lse)[row.at(c.lse)] =
             d == 0 ? -INFINITE<E> : E(double(m) + __builtin_log(double(d)));

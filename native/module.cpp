@@ -2,6 +2,7 @@
 // Python. Type stubs are made from the signatures and docstrings below, so both are written for readers of
 // Python.
 
+#include <fenv.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -131,9 +132,18 @@ bool is_main_thread() {
 #endif
 }
 
-bool interrupted(void*) {
-    nb::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;
+// Python's own code runs in the arithmetic that the caller had, not in that of a fold.
+bool interrupted(void* callers) {
+    fenv_t folds;
+    fegetenv(&folds);
+    fesetenv(static_cast<const fenv_t*>(callers));
+    bool stop;
+    {
+        nb::gil_scoped_acquire gil;
+        stop = PyErr_CheckSignals() != 0;
+    }
+    fesetenv(&folds);
+    return stop;
 }
 
 // A problem and how it is folded: made once per plan, run for every call.
@@ -179,11 +189,13 @@ class Fold {
         return settings();
     }
 
-    int64_t run(Input q, Input k, Input v, Output out, std::optional<Output> lse, std::optional<Input> bias,
-                std::optional<Input> cells, std::optional<Floats> alibi, std::optional<Floats> sinks,
-                std::optional<Integers> q_ends, std::optional<Integers> kv_ends, int64_t first_row,
-                int64_t last_row, int64_t frame, int64_t head, std::optional<Integers> lo,
-                std::optional<Integers> hi, std::optional<Bytes> bits, int64_t bits_start, int team) const {
+    std::pair<int64_t, bool> run(Input q, Input k, Input v, Output out, std::optional<Output> lse,
+                                 std::optional<Input> bias, std::optional<Input> cells,
+                                 std::optional<Floats> alibi, std::optional<Floats> sinks,
+                                 std::optional<Integers> q_ends, std::optional<Integers> kv_ends,
+                                 int64_t first_row, int64_t last_row, int64_t frame, int64_t head,
+                                 std::optional<Integers> lo, std::optional<Integers> hi,
+                                 std::optional<Bytes> bits, int64_t bits_start, int team) const {
         const tilefold::Arrays arrays{array(q),
                                       array(k),
                                       array(v),
@@ -200,7 +212,8 @@ class Fold {
         if (lo) part.spans = int64_t(lo->shape(1)), part.lo = lo->data(), part.hi = hi->data();
         if (bits)
             part.bits = bits->data(), part.bits_bytes = int64_t(bits->shape(1)), part.bits_start = bits_start;
-        return fold(arrays, part, team);
+        const tilefold::Report report = fold(arrays, part, team);
+        return {report.bytes, report.infinite};
     }
 
     // The whole of a call without optional arrays; −1 where an address is no multiple of its item size.
@@ -210,24 +223,26 @@ class Fold {
         if (all % (q.dtype().bits / 8)) return -1;
         tilefold::Selection part{};
         part.last_row = problem_.q_len;
-        return fold(arrays, part, team);
+        return fold(arrays, part, team).bytes;
     }
 
     const char* isa() const { return machine_.name; }
 
    private:
-    int64_t fold(const tilefold::Arrays& arrays, const tilefold::Selection& part, int team) const {
-        tilefold::Stop stop({is_main_thread() ? interrupted : nullptr, nullptr});
-        int64_t bytes = 0;
+    tilefold::Report fold(const tilefold::Arrays& arrays, const tilefold::Selection& part, int team) const {
+        fenv_t callers;
+        fegetenv(&callers);
+        tilefold::Stop stop({is_main_thread() ? interrupted : nullptr, &callers});
+        tilefold::Report report{};
         try {
             nb::gil_scoped_release unlocked;
-            bytes = tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
+            report = tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
         } catch (const std::bad_alloc&) {
             PyErr_Format(PyExc_MemoryError, "unable to allocate %lld bytes of workspace",
                          static_cast<long long>(tilefold::workspace(problem_, kernels_, settings_)));
         }
         if (PyErr_Occurred()) throw nb::python_error();
-        return bytes;
+        return report;
     }
 
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> settings() const {
@@ -284,7 +299,9 @@ NB_MODULE(_core, m) {
              "cells"_a.none(), "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(),
              "first_row"_a, "last_row"_a, "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(),
              "bits_start"_a, "team"_a,
-             "Fill out and lse; the bytes of workspace it took. Arrays of bfloat16 come as uint16.")
-        .def("run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
-             "The same for a whole call without optional arrays; -1 if an array is misaligned.");
+             "Fill out and lse; the bytes of workspace it took, and whether the highest score of a row was "
+             "+inf. Arrays of bfloat16 come as uint16.")
+        .def(
+            "run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
+            "The same for a whole call without optional arrays; the bytes, or -1 if an array is misaligned.");
 }

@@ -721,7 +721,7 @@ void fold_rows(const Data& x, const Problem& p, const Kernels& k, const Settings
     const auto fold_part = [&](const Selection& part) {
         Stop stop;
         memory_bytes = 0;
-        const int64_t bytes = tilefold::fold(p, k, s, a, part, team, stop);
+        const int64_t bytes = tilefold::fold(p, k, s, a, part, team, stop).bytes;
         expect(bytes == memory_bytes, "fold() does not say how much it allocated");
         r.bytes = std::max(r.bytes, bytes);
     };

@@ -58,8 +58,14 @@ Settings resized(const Problem& p, const Kernels& kernels, Settings s);
 // Bytes that fold() will allocate; fewer where all sequences are shorter than q_len and kv_len.
 int64_t workspace(const Problem& p, const Kernels& kernels, const Settings& s);
 
-// Folds; bytes allocated. Throws std::bad_alloc. Where `stop` ended it early the results are incomplete.
-int64_t fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
-             const Selection& part, Team team, Stop& stop);
+// What a call tells beside its results.
+struct Report {
+    int64_t bytes;  // allocated
+    bool infinite;  // the highest score of some row was +inf
+};
+
+// Throws std::bad_alloc. Where `stop` ended it early the results are incomplete.
+Report fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
+            const Selection& part, Team team, Stop& stop);
 
 }  // namespace tilefold

@@ -19,6 +19,7 @@ from .layouts import empty_like
 from .masks import Mask, causal, check_cu_seqlens, dense, split, window
 from .plan import Plan, backend_of, choose, pinned
 from .problem import Band, Has, Layout, Operands, Problem, Want, bytes_of
+from .scores import refuse_infinite
 
 DROPOUT = "dropout is not offered: exact attention has no random part; apply it to what goes in or comes out"
 
@@ -58,7 +59,11 @@ class Call:
         shape = (*x.q.shape[:-1], p.v_dim)
         q_type = x.q.dtype
         bytes_of(shape, q_type)
-        x.out = empty_like(x.q, shape, q_type) if out is None else self._check_out(out, shape)
+        if out is None:
+            x.out = empty_like(x.q, shape, q_type)
+        else:
+            x.out = self._check_out(out, shape)
+            refuse_infinite(x.given_bias)  # the caller's array is not written in vain
         if p.want & Want.LSE:
             x.lse = np.empty(x.q.shape[:-1], p.accumulate)
 
@@ -189,8 +194,6 @@ def _score_arrays(o: Options, x: Operands) -> None:
         x.given_bias = enter_floats("bias", o.bias)
         shape = (*x.lead, heads, q_len, kv_len)
         x.bias = _broadcast("bias", x.given_bias, shape, "(..., heads, q_len, kv_len)")
-        if np.isposinf(x.given_bias.max(initial=-np.inf)):
-            raise ValueError("bias must not be +inf; -inf hides a key, a finite value shifts its score")
     if o.alibi is not None:
         slopes = _small_floats("alibi", o.alibi)
         if np.isinf(slopes).any():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .layouts import has_padding, rows_of
+from .layouts import fill_padding, rows_of
 from .problem import Operands
 from .scores import Scores, Shapes, Workspace, score_shapes
 from .stats import OnlineStats
@@ -34,11 +34,7 @@ def fold_shapes(plan: Plan) -> Shapes:
 def fold(plan: Plan, x: Operands, space: Workspace, only: slice | None = None) -> None:
     """Fill ``x.out``, and ``x.lse`` if there is one, for all query rows or the rows `only`."""
     assert x.out is not None
-    if has_padding(plan.problem):
-        rows = slice(None) if only is None else only
-        x.out[..., rows, :] = 0
-        if x.lse is not None:
-            x.lse[..., rows] = -np.inf
+    fill_padding(plan.problem, x, only)
     scores = Scores(plan, x, space)
     with np.errstate(all="ignore"):  # -inf and NaN are values here, with a meaning
         for block in row_blocks(plan, x, only):

@@ -50,9 +50,14 @@ def frames(p: Problem, x: Operands) -> Iterator[Frame]:
         yield Frame(q_len, kv_len, index, 0, 0, 0, p.q_len, p.kv_len)
 
 
-def has_padding(p: Problem) -> bool:
-    """Whether some output rows belong to no sequence and must be filled."""
-    return bool(p.has & Has.LENGTHS)
+def fill_padding(p: Problem, x: Operands, rows: slice | None) -> None:
+    """Fill the query rows `rows` (None: all) where some belong to no sequence; a fold then writes those that do."""
+    if p.has & Has.LENGTHS:
+        assert x.out is not None
+        some = slice(None) if rows is None else rows
+        x.out[..., some, :] = 0
+        if x.lse is not None:
+            x.lse[..., some] = -np.inf
 
 
 def rows_of(x: np.ndarray, into: np.ndarray) -> np.ndarray:

@@ -67,6 +67,12 @@ def _scale_is_exact(p: Problem) -> bool:
     return abs(frexp(p.scale)[0]) == 0.5
 
 
+def refuse_infinite(bias: np.ndarray | None) -> None:
+    """ValueError for a bias of +inf. A whole pass over the largest operand: ask where it is cheap, or late."""
+    if bias is not None and np.isposinf(bias.max(initial=-np.inf)):
+        raise ValueError("bias must not be +inf; -inf hides a key, a finite value shifts its score")
+
+
 @dataclass(slots=True)
 class ScoreTile:
     """Finished scores ``s (kv_heads, rows, keys)`` of one tile; hidden cells are -inf.

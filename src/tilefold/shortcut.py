@@ -30,9 +30,7 @@ class Known:
     run: Callable[..., int]
     shape: tuple[int, ...]
     dtype: np.dtype
-    order: (
-        tuple[tuple[int, ...], tuple[int, ...]] | None
-    )  # axes as they lie in memory, and back; None as numbered
+    order: tuple[tuple[int, ...], tuple[int, ...]] | None  # axes as they lie, and back; None as numbered
     lse: tuple[tuple[int, ...], np.dtype] | None
     narrow: bool  # bfloat16, which crosses as integers
 

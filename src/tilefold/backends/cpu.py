@@ -22,11 +22,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..layouts import frames, has_padding
+from ..layouts import fill_padding, frames
 from ..masks import Dense
 from ..plan import BackendRefused, Plan
 from ..problem import Layout, Operands, Problem, Want
 from ..replay import Grads, Probe
+from ..scores import refuse_infinite
 from ..tiles import panel_of
 
 FAR = 2**60  # a band so far off hides, or shows, everything that exists
@@ -94,11 +95,7 @@ class NativeBackend:
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
         p = plan.problem
         assert x.out is not None
-        if has_padding(p):
-            some = slice(None) if rows is None else rows
-            x.out[..., some, :] = 0
-            if x.lse is not None:
-                x.lse[..., some] = -np.inf
+        fill_padding(p, x, rows)
         run = running(plan).run
         arrays: list[np.ndarray | None] = [_as_core_reads(a) for a in (x.q, x.k, x.v)]
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
@@ -114,12 +111,12 @@ class NativeBackend:
             x.kv_ends,
         ]
         whose = team()
-        used = 0
-        for part in _parts(plan, x, rows, cells is not None):
-            used = max(used, run(*arrays, *part, whose))
+        reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows, cells is not None)]
+        if any(infinite for _, infinite in reports):
+            refuse_infinite(x.given_bias)
         if out is not x.out:
             x.out[...] = out
-        return used
+        return max((used for used, _ in reports), default=0)
 
     def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
         self._refuse(plan.problem)
