@@ -214,9 +214,11 @@ struct Tile {
         E* const s = desk.scores - (j0 - k0) * N;  // by key of the block
         const Vec<E> scale = set<E>(E(c.scale)), none = set<E>(-INFINITE<E>);
         if (!plain) {
-            const auto keep = [=](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+            Ahead ahead(c, u, r0, rows, j0, j1, STRIP);
+            const auto keep = [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
                 constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
                 E* const to = s + j * N;
+                ahead.step();
                 each<MR>([&](auto r) TILEFOLD_LAMBDA {
                     each<NR>([&](auto i) TILEFOLD_LAMBDA { store(to + r * N + i * W, acc[r][i] * scale); });
                 });

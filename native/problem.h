@@ -10,6 +10,11 @@ namespace tilefold {
 
 enum class DType : uint8_t { float16, bfloat16, float32, float64, uint8 };
 
+static constexpr int64_t width(DType type) {
+    constexpr int64_t bytes[] = {2, 2, 4, 8, 1};
+    return bytes[int(type)];
+}
+
 #define TILEFOLD_LAYOUT(row) row(DENSE, 0) row(VARLEN, 1) row(PAGED, 2)
 
 #define TILEFOLD_HAS(row) \

@@ -31,6 +31,36 @@ TILEFOLD_INLINE E number(const void* p, DType type, int64_t at) {
     }
 }
 
+// Brings the biases of a block of keys near, some rows at a time, while its products are computed: rows lie
+// too far apart for the processor to guess.
+class Ahead {
+   public:
+    Ahead(const Call& c, const Unit& u, int64_t r0, int64_t rows, int64_t j0, int64_t j1, int strip)
+        : row_(r0, c.group),
+          strides_(c.bias),
+          width_(width(c.bias_type)),
+          at_(static_cast<const char*>(u.bias) + j0 * width_),
+          bytes_((j1 - j0) * width_),
+          left_(u.bias && c.bias.col == 1 ? rows : 0),
+          at_once_((rows * strip + j1 - j0 - 1) / (j1 - j0)) {}
+
+    // Called once per strip of keys.
+    TILEFOLD_INLINE void step() {
+        for (int64_t n = least(at_once_, left_); n > 0; n--, left_--, row_.next())
+            for (int64_t b = 0; b < bytes_; b += 64)
+                __builtin_prefetch(at_ + row_.at(strides_) * width_ + b, 0, 2);
+    }
+
+   private:
+    Row row_;
+    const Strides strides_;
+    const int64_t width_;
+    const char* const at_;
+    const int64_t bytes_;
+    int64_t left_;
+    const int64_t at_once_;
+};
+
 // The biases of W lanes for W keys: x[r] holds lane r, key by key; only `keys` of them exist.
 template <class E>
 void load_bias(Vec<E> (&x)[LANES<E>], const Call& c, const int64_t* at, const void* bias, int64_t j,
@@ -134,7 +164,9 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
     constexpr int W = LANES<E>, N = NR * W;
     using M = Mask<E>;
     const Vec<E> none = set<E>(-INFINITE<E>), cap = set<E>(E(c.softcap));
+    const Vec<E> lost = set<E>(E(__builtin_nan("")));  // one NaN like another
     const bool singles = u.bits || u.cells, capped = c.softcap != NO_SOFTCAP;
+    const bool only_bias = u.bias && !capped && !u.alibi && !singles && !edge;
     const int64_t spans = edge ? (u.lo ? c.spans : 1) : 0;
     for (int v = 0; v < NR; v++) {
         int64_t query[W], bias_at[W], cells_at[W];
@@ -173,6 +205,21 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
                 for (int k = 0; k < W; k++) seen[k] |= (lo <= k) & (hi > k);
             }
             E* row = s + (j - j0) * N + v * W;
+            if (only_bias) {
+                M odd{};
+                for (int64_t k = 0; k < keys; k++) {
+                    const Vec<E> x = load(row + k * N) + bias[k];
+                    odd |= x != x;
+                    top[v] = max(x, top[v]);
+                    store(row + k * N, x);
+                }
+                // A hidden score is −inf now, or NaN if it was NaN or +inf.
+                for (int64_t k = 0; k < keys && any(odd); k++) {
+                    const Vec<E> x = load(row + k * N);
+                    store(row + k * N, select<E>(x == x, x, select<E>(bias[k] == none, none, lost)));
+                }
+                continue;
+            }
             for (int64_t k = 0; k < keys; k++, row += N) {
                 Vec<E> x = load(row);
                 if (capped) x = cap * tanh<E>(x / cap);
@@ -185,7 +232,7 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
                     const Vec<E> far = at - set<E>(E(j - j0 + k));
                     x -= slope * max(far, -far);
                 }
-                x = select<E>(x == x, x, set<E>(E(__builtin_nan(""))));  // one NaN like another
+                x = select<E>(x == x, x, lost);
                 if (singles) hidden |= ~bits_as<M>(cells[k]);
                 if (edge) hidden |= ~seen[k];
                 x = select<E>(hidden, none, x);

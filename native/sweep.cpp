@@ -231,8 +231,8 @@ class Sweep {
         u.v = at(a_.v, f.item, kv_head, f.k0);
         u.out = at(a_.out, f.item, head, f.q0);
         if (a_.lse)
-            u.lse = a_.lse.data +
-                    (lead_at(a_.lse, 2, f.item) + head * c_.lse.head + f.q0 * c_.lse.row) * width(a_.lse);
+            u.lse = a_.lse.data + (lead_at(a_.lse, 2, f.item) + head * c_.lse.head + f.q0 * c_.lse.row) *
+                                      width(a_.lse.type);
         u.kv_len = f.kv_len, u.first_row = first_row(f);
         u.band = p_.band;
         if (u.band.offset == PER_SEQUENCE) u.band.offset = f.kv_len - f.q_len;
@@ -246,23 +246,11 @@ class Sweep {
     }
     static char* at(const Array& a, int64_t item, int64_t head, int64_t row) {
         const Strides s = inner(a);
-        return a.data + (lead_at(a, 3, item) + head * s.head + row * s.row) * width(a);
+        return a.data + (lead_at(a, 3, item) + head * s.head + row * s.row) * width(a.type);
     }
     static char* cell(const Array& a, const Frame& f, int64_t head) {
         const Strides s = inner(a);
-        return a.data + (lead_at(a, 3, f.item) + head * s.head + f.q0 * s.row + f.k0 * s.col) * width(a);
-    }
-    static int64_t width(const Array& a) {
-        switch (a.type) {
-            case DType::float64:
-                return 8;
-            case DType::float32:
-                return 4;
-            case DType::uint8:
-                return 1;
-            default:
-                return 2;
-        }
+        return a.data + (lead_at(a, 3, f.item) + head * s.head + f.q0 * s.row + f.k0 * s.col) * width(a.type);
     }
 
     struct Context {
