@@ -18,10 +18,8 @@ constexpr Kernels kernels_of() {
     k.multiple = P::multiple;
     k.scratch = scratch_of<K, T>;
     k.tile = fold_tiles<K, T>;
-    if constexpr (!K::IN_TILES) {  // which have speed to spare, and sum in an order that no vector does
-        k.few_rows = FEW_ROWS;
-        k.row = fold_row<K, T>;
-    }
+    k.few_rows = K::IN_TILES ? 4 : FEW_ROWS;  // more keep vectors busier than tiles
+    k.row = fold_row<K, T>;
     k.join = join_states<E, T>;
     return k;
 }

@@ -105,12 +105,8 @@ inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64
             for (; d + W <= width; d += W) {
                 F32 x[W];
                 each<W>([&](auto r) TILEFOLD_LAMBDA {
-                    typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
-                    Short even, odd;
-                    memcpy(&even, from + 2 * (p0 + r) * row + d, sizeof even);
-                    memcpy(&odd, from + (2 * (p0 + r) + 1) * row + d, sizeof odd);
-                    x[r] = bits_as<F32>(__builtin_convertvector(even, U32) | __builtin_convertvector(odd, U32)
-                                                                                 << 16);
+                    const BFloat* const key = from + 2 * (p0 + r) * row + d;
+                    x[r] = bits_as<F32>(bits_as<U32>(spread(key)) | bits_as<U32>(widen(key + row)));
                 });
                 transpose<float>(x);
                 each<W>([&](auto r)

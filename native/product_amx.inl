@@ -36,6 +36,13 @@ struct TileRegisters {
     ~TileRegisters() { _tile_release(); }
 };
 
+// The tile unit takes subnormal numbers for 0; so do vectors that take its place, while this lives.
+struct SubnormalsAreZero {
+    const unsigned before = _mm_getcsr();
+    SubnormalsAreZero() { _mm_setcsr(before | 0x40); }
+    ~SubnormalsAreZero() { _mm_setcsr(before); }
+};
+
 // Tile registers are named by literals, so a step of depth is written out for each width.
 #define TILEFOLD_ROW(c0, c1, c2)                                     \
     _tile_loadd(7, b, NR * 64);                                      \

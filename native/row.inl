@@ -38,20 +38,89 @@ TILEFOLD_INLINE U32 some_pairs(const BFloat* p, int64_t col, int64_t n) {
 
 constexpr int FEW_ROWS = 8;
 
+// The two sides of a step as the row kernel has them: B, the element of a query or of weights that is
+// broadcast (EACH of them per step), and X, what it meets, made of a vector of dims or of the values of one
+// or two keys.
+template <class K>
+struct Step {
+    using B = typename K::A;
+    using X = Vec<B>;
+    static constexpr int EACH = 1;
+    static TILEFOLD_INLINE X of_dims(Vec<typename K::E> x) { return bits_as<X>(x); }
+    static TILEFOLD_INLINE X of_keys(Vec<typename K::E> even, Vec<typename K::E> odd) {
+        if constexpr (K::PAIR == 1)
+            return even;
+        else
+            return bits_as<U32>(even) >> 16 | bits_as<U32>(odd);
+    }
+};
+
+// N sums; `add` is one step of one of them, `close` comes after every DEPTH steps and after the last one.
+template <class K, int N>
+struct Sums {
+    Vec<typename K::E> total[N];
+
+    TILEFOLD_INLINE Sums() {
+        each<N>([&](auto n) TILEFOLD_LAMBDA { total[n] = Vec<typename K::E>{}; });
+    }
+    TILEFOLD_INLINE void add(int n, const typename K::A* b, typename Step<K>::X x) {
+        total[n] = K::step(total[n], *b, x);
+    }
+    TILEFOLD_INLINE void close() {}
+};
+
+#ifdef TILEFOLD_HAS_TILES
+// What the tile unit does: the even and the odd elements of sixteen pairs in a chain each, from 0, whose sum
+// joins the total. The order is documented (Intel's manual, TDPBF16PS), so vectors give the same bits.
+template <>
+struct Step<Amx> {
+    using B = float;
+    struct X {
+        F32 even, odd;
+    };
+    static constexpr int EACH = 2;
+    static TILEFOLD_INLINE X of_dims(F32 x) {
+        const U32 pairs = bits_as<U32>(x);
+        return {bits_as<F32>(pairs << 16), bits_as<F32>(pairs & 0xffff0000u)};
+    }
+    static TILEFOLD_INLINE X of_keys(F32 even, F32 odd) { return {even, odd}; }
+};
+template <int N>
+struct Sums<Amx, N> {
+    F32 total[N], even[N], odd[N];
+
+    TILEFOLD_INLINE Sums() {
+        each<N>([&](auto n) TILEFOLD_LAMBDA { total[n] = even[n] = odd[n] = F32{}; });
+    }
+    TILEFOLD_INLINE void add(int n, const float* b, Step<Amx>::X x) {
+        even[n] = fma(set<float>(b[0]), x.even, even[n]);
+        odd[n] = fma(set<float>(b[1]), x.odd, odd[n]);
+    }
+    TILEFOLD_INLINE void close() {
+        each<N>([&](auto n) TILEFOLD_LAMBDA {
+            total[n] += even[n] + odd[n];
+            even[n] = odd[n] = F32{};
+        });
+    }
+};
+#endif
+
 template <class K, class T, int R>
 struct Rows {
     using E = typename K::E;
-    using A = typename K::A;
+    using B = typename Step<K>::B;
+    using X = typename Step<K>::X;
     using M = Mask<E>;
     static constexpr int W = LANES<E>, PAIR = K::PAIR;
+    static constexpr int EACH = Step<K>::EACH;
 
     const Call& c;
     const Unit& u;
     Worker& w;
     const int64_t r0, rows, depth, keys_most, width;  // width: value dims in whole vectors
-    A* queries;                                       // [R][depth]
+    B* queries;                                       // [R][depth · EACH]
     E* scores;                                        // [R][keys of a block]
-    A* weights;                                       // the same, in pairs where K reads pairs
+    B* weights;                                       // the same, as they are broadcast
     E *part, *total;                                  // [R][width]
     E max_part[R], sum_part[R], max_total[R], sum_total[R];
     Sight<R> sight;
@@ -66,9 +135,9 @@ struct Rows {
           depth(up(c.dim, PAIR * W) / PAIR),
           keys_most(up(c.block_k, 2 * W)),
           width(up(c.v_dim, W)) {
-        queries = a.template take<A>(R * depth);
+        queries = a.template take<B>(R * depth * EACH);
         scores = a.template take<E>(R * keys_most);
-        weights = a.template take<A>(R * keys_most);
+        weights = a.template take<B>(R * keys_most);
         part = a.template take<E>(R * width);
         total = a.template take<E>(R * width);
     }
@@ -80,14 +149,14 @@ struct Rows {
         const T* q = static_cast<const T*>(u.q);
         for (int r = 0; r < R; r++) {
             const T* from = q + row_at(c.q, c.group, row_of(r));
-            for (int64_t d = 0; d < depth; d++) {
-                if constexpr (PAIR == 1)
-                    queries[r * depth + d] = d < c.dim ? E(one(from[d * c.q.col])) : E(0);
-                else
-                    queries[r * depth + d] =
-                        (2 * d < c.dim ? uint32_t(from[2 * d * c.q.col].bits) : 0u) |
-                        (2 * d + 1 < c.dim ? uint32_t(from[(2 * d + 1) * c.q.col].bits) << 16 : 0u);
-            }
+            B* const to = queries + r * depth * EACH;
+            if constexpr (PAIR == EACH)
+                for (int64_t d = 0; d < depth * EACH; d++)
+                    to[d] = d < c.dim ? E(one(from[d * c.q.col])) : E(0);
+            else
+                for (int64_t d = 0; d < depth; d++)
+                    to[d] = (2 * d < c.dim ? uint32_t(from[2 * d * c.q.col].bits) : 0u) |
+                            (2 * d + 1 < c.dim ? uint32_t(from[(2 * d + 1) * c.q.col].bits) << 16 : 0u);
         }
         empty = !u.sinks;
         if (!empty) begin_total();
@@ -106,25 +175,26 @@ struct Rows {
     // Scaled products of the rows with W keys from j on, of which `n` exist.
     TILEFOLD_INLINE void products(int64_t j, int64_t n, Vec<E> (&acc)[R]) const {
         const T* from = static_cast<const T*>(u.k) + j * c.k.row;
-        const A* q = queries;
+        const B* q = queries;
+        Sums<K, R> sums;
         const auto add = [&](int64_t d, Vec<E> keys) TILEFOLD_LAMBDA {
-            each<R>([&](auto r) TILEFOLD_LAMBDA {
-                acc[r] = K::step(acc[r], q[r * depth + d], bits_as<Vec<A>>(keys));
-            });
+            const X x = Step<K>::of_dims(keys);
+            each<R>([&](auto r) TILEFOLD_LAMBDA { sums.add(r, q + (r * depth + d) * EACH, x); });
         };
-        each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = Vec<E>{}; });
         Vec<E> x[W];
         int64_t at = 0;
         for (; at + W <= c.dim / PAIR; at += W) {
             columns(from, n, at, x);
             each<W>([&](auto d) TILEFOLD_LAMBDA { add(at + d, x[d]); });
+            sums.close();
         }
         if (const int64_t left = up(c.dim, PAIR) / PAIR - at) {
             columns(from, n, at, x);
             for (int64_t d = 0; d < left; d++) add(at + d, x[d]);
+            sums.close();
         }
         const Vec<E> scale = set<E>(E(c.scale));
-        each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = acc[r] * scale; });
+        each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = sums.total[r] * scale; });
     }
     // x[d]: dim (or pair of dims) at + d of W keys.
     TILEFOLD_INLINE void columns(const T* from, int64_t n, int64_t at, Vec<E> (&x)[W]) const {
@@ -213,9 +283,12 @@ struct Rows {
             for (int r = 0; r < R; r++) sum[r] += scores[r * keys_most + k];
         for (int r = 0; r < R; r++) {
             const E* s = scores + r * keys_most;
-            A* p = weights + r * keys_most;
+            B* p = weights + r * keys_most;
             if constexpr (PAIR == 1)
                 memcpy(p, s, size_t(keys) * sizeof(E));
+            else if constexpr (EACH == 2)
+                for (int64_t k = 0; k < whole; k += W)
+                    store(p + k, bits_as<F32>(pair_up<U32>(F32{}, load(s + k)) & 0xffff0000u));
             else
                 for (int64_t k = 0; k < keys; k += 2)
                     p[k / 2] = pair_up<uint32_t>(s[k], k + 1 < keys ? s[k + 1] : E(0));
@@ -225,53 +298,59 @@ struct Rows {
     // Accumulators of this block over keys j0 … j1, then joined to those of the segment.
     template <bool CAREFUL>
     void accumulate(int64_t j0, int64_t j1, const E (&keep)[R]) {
-        constexpr int MOST = R >= 8 ? 3 : R >= 4 ? 4 : 8;  // vectors of dims at once
+        // Vectors of dims at once.
+        constexpr int MOST = K::IN_TILES ? (R >= 4 ? 2 : R >= 2 ? 4 : 8) : R >= 8 ? 3 : R >= 4 ? 4 : 8;
         int64_t d = 0;
         for (; d + MOST * W <= width; d += MOST * W) dims<MOST, CAREFUL>(d, j0, j1, keep);
         for (; d < width; d += W) dims<1, CAREFUL>(d, j0, j1, keep);
     }
     template <int C, bool CAREFUL>
     __attribute__((noinline)) void dims(int64_t d, int64_t j0, int64_t j1, const E (&keep)[R]) {
+        if (!CAREFUL && c.v.col == 1 && d + C * W <= c.v_dim)
+            dims<C, Values::WHOLE>(d, j0, j1, keep);
+        else
+            dims<C, CAREFUL ? Values::CAREFUL : Values::SOME>(d, j0, j1, keep);
+    }
+    // How values are read: whole vectors of them, or some, or those that are not finite as 0.
+    enum class Values { WHOLE, SOME, CAREFUL };
+    template <int C, Values HOW>
+    TILEFOLD_INLINE void dims(int64_t d, int64_t j0, int64_t j1, const E (&keep)[R]) {
         const T* v = static_cast<const T*>(u.v) + j0 * c.v.row + d * c.v.col;
-        const A* p = weights;
-        Vec<E> acc[R][C];
-        each<R>([&](auto r)
-                    TILEFOLD_LAMBDA { each<C>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = Vec<E>{}; }); });
-        const bool whole = c.v.col == 1 && d + C * W <= c.v_dim;
-        for (int64_t k = 0; k < j1 - j0; k += PAIR, v += PAIR * c.v.row, p++) {
-            Vec<A> x[C];
-            each<C>([&](auto i) TILEFOLD_LAMBDA { x[i] = values<CAREFUL>(v, i * W, whole, d, j1 - j0 - k); });
-            each<R>([&](auto r) TILEFOLD_LAMBDA {
-                const A weight = p[r * keys_most];
-                each<C>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = K::step(acc[r][i], weight, x[i]); });
+        const B* p = weights;
+        Sums<K, R * C> sums;
+        const auto step = [&](auto keys) TILEFOLD_LAMBDA {
+            X x[C];
+            each<C>([&](auto i) TILEFOLD_LAMBDA {
+                const Vec<E> even = values<HOW>(v + i * W * c.v.col, c.v_dim - d - i * W);
+                x[i] = Step<K>::of_keys(
+                    even,
+                    keys > 1 ? values<HOW>(v + c.v.row + i * W * c.v.col, c.v_dim - d - i * W) : Vec<E>{});
             });
+            each<R>([&](auto r) TILEFOLD_LAMBDA {
+                each<C>([&](auto i) TILEFOLD_LAMBDA { sums.add(r * C + i, p + r * keys_most, x[i]); });
+            });
+        };
+        int64_t k = 0;
+        for (; k + PAIR <= j1 - j0; k += PAIR, v += PAIR * c.v.row, p += EACH) {
+            step(Int<PAIR>{});
+            if (K::DEPTH > 1 && (k / PAIR + 1) % K::DEPTH == 0) sums.close();
         }
+        if (k < j1 - j0) step(Int<1>{});
+        sums.close();
         each<R>([&](auto r) TILEFOLD_LAMBDA {
             each<C>([&](auto i) TILEFOLD_LAMBDA {
                 E* o = part + r * width + d + i * W;
-                store(o, first ? acc[r][i] : fma(load(o), set<E>(keep[r]), acc[r][i]));
+                const Vec<E> sum = sums.total[r * C + i];
+                store(o, first ? sum : fma(load(o), set<E>(keep[r]), sum));
             });
         });
     }
-    // W values of one key from dim d + `more` on, or pairs of two keys'; carefully: what is not finite counts
-    // as 0.
-    template <bool CAREFUL>
-    TILEFOLD_INLINE Vec<A> values(const T* v, int64_t more, bool whole, int64_t d, int64_t keys) const {
-        const auto one_key = [&](const T* from) TILEFOLD_LAMBDA {
-            Vec<E> x;
-            if (whole)
-                x = widen(from + more);
-            else
-                x = some<E>(from + more * c.v.col, c.v.col, c.v_dim - d - more);
-            if constexpr (CAREFUL) x = select<E>(x - x == 0, x, Vec<E>{});
-            return x;
-        };
-        if constexpr (PAIR == 1) {
-            return one_key(v);
-        } else {
-            const U32 even = bits_as<U32>(one_key(v)) >> 16;
-            return keys > 1 ? even | bits_as<U32>(one_key(v + c.v.row)) : even;
-        }
+    // W values of one key, of which `n` exist.
+    template <Values HOW>
+    TILEFOLD_INLINE Vec<E> values(const T* v, int64_t n) const {
+        if constexpr (HOW == Values::WHOLE) return widen(v);
+        const Vec<E> x = some<E>(v, c.v.col, n);
+        return HOW == Values::CAREFUL ? select<E>(x - x == 0, x, Vec<E>{}) : x;
     }
 
     // Adds the values that are not finite to the rows that see them.
@@ -296,7 +375,7 @@ struct Rows {
 
     template <bool CAREFUL>
     void fold_block(int64_t k0, int64_t s0, int64_t s1) {
-        const int64_t j0 = most(k0, most(s0, sight.first) / PAIR * PAIR);
+        const int64_t j0 = most(k0, most(s0, sight.first) / K::KEYS * K::KEYS);
         const int64_t j1 = least(k0 + c.block_k, least(s1, sight.last));
         if (j0 >= j1) return;
         const Kind kind = sight.kind(c, u, r0, rows, j0, j1);
@@ -375,7 +454,7 @@ struct Rows {
 };
 
 template <class K, class T>
-void fold_row(const Call& c, const Unit& u, const Piece& p, Worker& w) {
+void fold_rows(const Call& c, const Unit& u, const Piece& p, Worker& w) {
     Arena a{w.scratch};
     const int64_t rows = p.r1 - p.r0;
     if (rows <= 1)
@@ -388,6 +467,18 @@ void fold_row(const Call& c, const Unit& u, const Piece& p, Worker& w) {
         Rows<K, T, FEW_ROWS>(c, u, w, p.r0, rows, a).run(p);
 }
 
+template <class K, class T>
+void fold_row(const Call& c, const Unit& u, const Piece& p, Worker& w) {
+#ifdef TILEFOLD_HAS_TILES
+    if constexpr (K::IN_TILES) {
+        const SubnormalsAreZero as_in_tiles;
+        fold_rows<K, T>(c, u, p, w);
+        return;
+    }
+#endif
+    fold_rows<K, T>(c, u, p, w);
+}
+
 // Bytes that either kernel may take for so many rows.
 template <class K, class T>
 int64_t scratch_of(const Call& c, int64_t rows) {
@@ -395,8 +486,7 @@ int64_t scratch_of(const Call& c, int64_t rows) {
     static const Unit u{};
     Arena tiles{nullptr}, few{nullptr};
     Tiles<K, T>(c, u, w, rows, tiles);
-    if constexpr (!K::IN_TILES)
-        Rows<K, T, FEW_ROWS>(c, u, w, 0, 1, few);  // the last piece of many rows may be one of few
+    Rows<K, T, FEW_ROWS>(c, u, w, 0, 1, few);  // the last piece of many rows may be one of few
     return most(tiles.bytes, few.bytes);
 }
 

@@ -149,7 +149,7 @@ Kernels watch_kernels(const Kernels& kernels) {
         return (scratch_bytes = watched->scratch(c, rows)) + GUARD;
     };
     k.tile = watch<&Kernels::tile>;
-    if (k.row) k.row = watch<&Kernels::row>;
+    k.row = watch<&Kernels::row>;
     return k;
 }
 

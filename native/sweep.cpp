@@ -338,7 +338,7 @@ class Sweep {
     int64_t most_segments() const { return std::max<int64_t>(1, ceil_div(kv_most_, SEGMENT)); }
 
     void fold_piece(const Unit& u, const Piece& piece, Worker& w) {
-        if (k_.row && piece.r1 - piece.r0 <= k_.few_rows)
+        if (piece.r1 - piece.r0 <= k_.few_rows)
             k_.row(c_, u, piece, w);
         else
             k_.tile(c_, u, piece, w);

@@ -6,6 +6,7 @@
 #define TILEFOLD_BYTES 32
 #define TILEFOLD_HAS_ARITHMETIC
 #define TILEFOLD_HAS_ANY
+#define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
 
 namespace {
@@ -17,6 +18,9 @@ WORD __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
 template <class M>
 WORD bool any(M m) {
     return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+}
+WORD __m256i spread(const void* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
 }  // namespace
 

@@ -10,6 +10,7 @@
 #define TILEFOLD_BYTES 64
 #define TILEFOLD_HAS_ARITHMETIC
 #define TILEFOLD_HAS_ANY
+#define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
 
 namespace {
@@ -21,6 +22,9 @@ WORD __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 template <class M>
 WORD bool any(M m) {
     return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
+}
+WORD __m512i spread(const void* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
 }  // namespace
 

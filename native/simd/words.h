@@ -161,6 +161,16 @@ TILEFOLD_INLINE bool any(M m) {
 }
 #endif
 
+#ifndef TILEFOLD_HAS_SPREAD
+// A vector's number of 16-bit integers, each in 32 bits.
+TILEFOLD_INLINE U32 spread(const void* p) {
+    typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
+    Short raw;
+    memcpy(&raw, p, sizeof raw);
+    return __builtin_convertvector(raw, U32);
+}
+#endif
+
 // Half-precision numbers are storage only: they become float when they are loaded.
 struct Half {
     uint16_t bits;
@@ -209,13 +219,7 @@ TILEFOLD_INLINE void narrow(Half* p, F32 x) {
     for (int i = 0; i < LANES<float>; i++) put(p + i, x[i]);
 }
 #endif
-#ifndef TILEFOLD_HAS_BFLOAT
-TILEFOLD_INLINE F32 widen(const BFloat* p) {
-    typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
-    Short raw;
-    memcpy(&raw, p, sizeof raw);
-    return bits_as<F32>(__builtin_convertvector(raw, U32) << 16);
-}
+TILEFOLD_INLINE F32 widen(const BFloat* p) { return bits_as<F32>(bits_as<U32>(spread(p)) << 16); }
 TILEFOLD_INLINE void narrow(BFloat* p, F32 x) {
     typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
     const U32 u = bits_as<U32>(x);
@@ -223,7 +227,6 @@ TILEFOLD_INLINE void narrow(BFloat* p, F32 x) {
     const Short raw = __builtin_convertvector((x != x) ? quiet : rounded, Short);
     memcpy(p, &raw, sizeof raw);
 }
-#endif
 TILEFOLD_INLINE F32 widen(const float* p) { return load(p); }
 TILEFOLD_INLINE F64 widen(const double* p) { return load(p); }
 TILEFOLD_INLINE void narrow(float* p, F32 x) { store(p, x); }
