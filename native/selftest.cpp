@@ -175,9 +175,7 @@ const char* name(DType t) {
     const char* const names[] = {"float16", "bfloat16", "float32", "float64", "uint8"};
     return names[int(t)];
 }
-int64_t width(DType t) {
-    return t == DType::float64 ? 8 : t == DType::float32 ? 4 : t == DType::uint8 ? 1 : 2;
-}
+
 int mantissa(DType t) {  // bits that are stored
     return t == DType::float64 ? 52 : t == DType::float32 ? 23 : t == DType::float16 ? 10 : 7;
 }
