@@ -69,6 +69,36 @@ struct Piece {
     void* state;
 };
 
+// What the backward pass adds to a call: `add` says that dk and dv are running sums in the accumulate type,
+// which a call for some of the rows adds to; else they are written, in the storage type.
+struct GradCall {
+    Strides dout, dlse, dq, dk, dv, dbias;
+    bool add;
+};
+
+// The same for a unit. dlse, dbias and dsinks are null where there are none; dbias is in the accumulate type,
+// with steps of 0 where it is summed; dsinks are per head of the group.
+struct GradUnit {
+    const void *dout, *dlse;
+    void *dq, *dk, *dv, *dbias;
+    double* dsinks;
+    void* sums;      // dq of each tile, [tile][dim][rows]; null where the keys are one segment
+    int32_t* turns;  // per tile: segments that have added to it
+};
+
+// Rows r0 … r1 of a unit with the keys of one of its segments.
+struct GradPiece {
+    int64_t r0, r1;
+    int64_t segment, keys;  // which one, and keys per segment
+};
+
+// Keys per block and per segment of the backward pass: what a worker keeps of dk, dv and packed keys fits the
+// second cache.
+constexpr int64_t GRAD_BLOCK = 128;
+static constexpr int64_t grad_segment(int64_t dim, int64_t v_dim) {
+    return dim + v_dim <= 256 ? 512 : dim + v_dim <= 512 ? 256 : 128;
+}
+
 // Keys are folded in segments of so many, each from empty, and segments are merged from left to right: the
 // one order that every plan keeps, whatever the rows, the threads or the splits.
 constexpr int64_t SEGMENT = 1024;
@@ -87,6 +117,9 @@ struct Kernels {
     int64_t (*scratch)(const Call&, int64_t rows);
     void (*tile)(const Call&, const Unit&, const Piece&, Worker&);
     void (*row)(const Call&, const Unit&, const Piece&, Worker&);
+    int64_t (*grad_scratch)(const Call&);
+    // Adds this segment to dq, and writes its dk and dv.
+    void (*grad)(const Call&, const Unit&, const GradCall&, const GradUnit&, const GradPiece&, Worker&);
     // Merge the states of `segments` segments, `stride` bytes apart, and finalize.
     void (*join)(const Call&, const Unit&, const Piece&, int64_t segments, int64_t stride);
 };

@@ -16,18 +16,6 @@ namespace {
 
 constexpr int MOST_TILES = 8;
 
-// Hands out pieces of a worker's scratch; with a null base it only counts.
-struct Arena {
-    char* at;
-    int64_t bytes = 0;
-    template <class T>
-    T* take(int64_t n) {
-        T* p = reinterpret_cast<T*>(at + bytes);
-        bytes += aligned(n * int64_t(sizeof(T)));
-        return p;
-    }
-};
-
 // Where a block's keys and values are to be read.
 template <class K>
 struct Block {
@@ -179,20 +167,20 @@ struct Desk {
 
 // NR vectors of query rows and their state.
 template <class K, class T, int NR>
-struct Tile {
+struct Tile : Lanes<K, T, NR> {
     using E = typename K::E;
     using A = typename K::A;
     static constexpr int W = LANES<E>, N = NR * W;
+    using Lanes<K, T, NR>::r0;
+    using Lanes<K, T, NR>::rows;
+    using Lanes<K, T, NR>::sight;
 
-    int64_t r0, rows;
-    Sight<N> sight;
-    A* queries;
     E *part, *total;  // accumulators of this segment, and of those before it
     E *max_part, *sum_part, *max_total, *sum_total, *factor;
     bool first, hidden, empty;  // nothing folded in this segment; a cell hidden in it; no segment before it
 
     void lay_out(const Call& c, int64_t depth, Arena& a) {
-        queries = a.template take<A>(depth * N);
+        this->lay_out_queries(depth, a);
         part = a.template take<E>(c.v_dim * N);
         total = a.template take<E>(c.v_dim * N);
         max_part = a.template take<E>(N);
@@ -203,71 +191,6 @@ struct Tile {
     }
 
     // ---- the steps of a block ----
-
-    // Scores of keys j0 … j1 (block starts at k0) into scores[j − j0]; raises `top`.
-    void score(Desk<K, T>& desk, const Block<K>& b, int64_t k0, int64_t j0, int64_t j1, Kind kind,
-               Vec<E> (&top)[NR]) {
-        const Call& c = desk.c;
-        const Unit& u = desk.u;
-        const bool plain = c.softcap == NO_SOFTCAP && !u.bias && !u.alibi && !sight.holes;
-        const bool edge = kind == Kind::EDGE;
-        E* const s = desk.scores - (j0 - k0) * N;  // by key of the block
-        const Vec<E> scale = set<E>(E(c.scale)), none = set<E>(-INFINITE<E>);
-        if (!plain) {
-            Ahead ahead(c, u, r0, rows, j0, j1, STRIP);
-            const auto keep = [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
-                constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
-                E* const to = s + j * N;
-                ahead.step();
-                each<MR>([&](auto r) TILEFOLD_LAMBDA {
-                    each<NR>([&](auto i) TILEFOLD_LAMBDA { store(to + r * N + i * W, acc[r][i] * scale); });
-                });
-            };
-            product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, keep);
-            finish_scores<E, NR>(c, u, sight, r0, rows, j0, j1, edge, desk.scores, top);
-            return;
-        }
-        Mask<E> lo[NR]{}, hi[NR]{};  // relative to the block
-        int64_t full0 = k0, full1 = j1;
-        if (edge) {
-            for (int r = 0; r < N; r++) {
-                lo[r / W][r % W] = typename Float<E>::Integer(within(sight.lo[r] - k0, 0, c.block_k));
-                hi[r / W][r % W] = typename Float<E>::Integer(within(sight.hi[r] - k0, 0, c.block_k));
-            }
-            full0 = sight.full_first, full1 = sight.full_last;
-        }
-        Vec<E> highest[NR];  // copies that stores cannot alias, so that they may stay in registers
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = top[i]; });
-        const auto finish = [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
-            constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
-            E* const to = s + j * N;
-            if (__builtin_expect(k0 + j < full0 || k0 + j + MR > full1, 0)) {
-                each<MR>([&](auto r) TILEFOLD_LAMBDA {
-                    const Mask<E> at = Mask<E>{} + typename Float<E>::Integer(j + r);
-                    each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                        const Vec<E> x = select<E>((lo[i] <= at) & (hi[i] > at), acc[r][i] * scale, none);
-                        highest[i] = max(x, highest[i]);
-                        store(to + r * N + i * W, x);
-                    });
-                });
-                return;
-            }
-            Vec<E> strip_top[NR];  // a chain of its own: through `highest` strips would wait for one another
-            each<MR>([&](auto r) TILEFOLD_LAMBDA {
-                each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    const Vec<E> x = acc[r][i] * scale;
-                    store(to + r * N + i * W, x);
-                    if constexpr (r == 0)
-                        strip_top[i] = x;
-                    else
-                        strip_top[i] = max(x, strip_top[i]);
-                });
-            });
-            each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = max(strip_top[i], highest[i]); });
-        };
-        product<K, NR>(b.keys, queries, desk.depth, j0 - k0, j1 - k0, finish);
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = highest[i]; });
-    }
 
     // Scores become weights, in place; for pairs two rows become one of bf16 pairs. Returns their sums in
     // `sum`.
@@ -325,14 +248,6 @@ struct Tile {
     }
 
     // ---- a block whose values hold NaN or infinity that some lane does not see ----
-
-    void note_seen(Desk<K, T>& desk, int64_t j0, int64_t keys) const {
-        Row row(r0, desk.c.group);
-        for (int r = 0; r < N; r++) {
-            for (int64_t k = 0; k < keys; k++) desk.seen[k * N + r] = sees<E>(desk.c, desk.u, row, j0 + k);
-            if (r + 1 < rows) row.next();
-        }
-    }
 
     // The product with non-finite values taken as 0, then each of them added to the lanes that see it.
     void accumulate_carefully(const Desk<K, T>& desk, Source<A> values, int64_t keys,
@@ -396,8 +311,8 @@ struct Tile {
         const Block<K> b = desk.block(k0, least(k0 + c.block_k, u.kv_len));
         Vec<E> top[NR], shift[NR], keep[NR], added[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = load(max_part + i * W); });
-        score(desk, b, k0, j0, j1, kind, top);
-        if constexpr (CAREFUL) note_seen(desk, j0, j1 - j0);
+        this->score(c, u, b.keys, desk.depth, k0, j0, j1, kind, desk.scores, top);
+        if constexpr (CAREFUL) this->note_seen(c, u, j0, j1 - j0, desk.seen);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
             shift[i] = shift_of<E>(top[i]);
             keep[i] = exp<E>(load(max_part + i * W) - shift[i]);
@@ -459,13 +374,7 @@ struct Tile {
     void begin(const Desk<K, T>& desk, int64_t r0_, int64_t rows_) {
         const Call& c = desk.c;
         const Unit& u = desk.u;
-        r0 = r0_, rows = rows_;
-        sight.look(c, u, r0, rows);
-        if constexpr (K::PAIR == 1) pack_queries<T, E, N>(c, u, r0, rows, queries);
-#ifdef TILEFOLD_HAS_DOT2
-        else
-            pack_query_pairs<N>(c, u, r0, rows, desk.depth, queries);
-#endif
+        this->open(c, u, r0_, rows_, desk.depth);
         empty = !u.sinks;
         if (!empty) begin_total(c, u);
     }
@@ -475,7 +384,7 @@ struct Tile {
         Row row(r0, c.group);
         for (int r = 0; r < rows; r++, row.next()) factor[r] = settle(c, u, row, max_total[r], sum_total[r]);
         for (int64_t r = rows; r < N; r++) factor[r] = 0;
-        unpack_output<T, E, N>(c, u, r0, rows, total, factor);
+        unpack_columns<T, E, N>(static_cast<T*>(u.out), c.out, c.group, r0, rows, c.v_dim, total, factor);
     }
 
     // The state of this segment, row by row.

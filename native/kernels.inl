@@ -3,6 +3,15 @@
 namespace tilefold {
 namespace {
 
+template <class E>
+struct Widened {
+    using Kernel = Single;
+};
+template <>
+struct Widened<double> {
+    using Kernel = Double;
+};
+
 template <class K, class T>
 constexpr Kernels kernels_of() {
     using E = typename K::E;
@@ -21,6 +30,9 @@ constexpr Kernels kernels_of() {
     k.few_rows = K::IN_TILES ? 4 : FEW_ROWS;  // more keep vectors busier than tiles
     k.row = fold_row<K, T>;
     k.join = join_states<E, T>;
+    using Wide = typename Widened<E>::Kernel;  // gradients are computed in E, whatever the storage
+    k.grad = replay_gradient<Wide, T>;
+    k.grad_scratch = gradient_scratch<Wide, T>;
     return k;
 }
 

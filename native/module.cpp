@@ -78,6 +78,7 @@ using Input = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 using Integers = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const double, nb::c_contig, nb::device::cpu>;
+using Sums = nb::ndarray<double, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 
 DType dtype(const std::string& name) {
@@ -175,17 +176,18 @@ class Fold {
                    tilefold::Want(want)},
           machine_(tilefold::choose(std::getenv("TILEFOLD_ISA"))),
           kernels_(machine_.kernels(problem_.q_dtype)),
-          settings_(tilefold::plan(problem_, kernels_, 1)) {}
+          settings_(choose(1)) {}
 
     // (query rows of a tile, keys of a block, splits, workers, bytes)
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> plan(int threads) {
-        settings_ = tilefold::plan(problem_, kernels_, threads);
+        settings_ = choose(threads);
         return settings();
     }
 
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> resize(int64_t tile_rows, int64_t block_k,
                                                                    int64_t splits, int64_t workers) {
-        settings_ = tilefold::resized(problem_, kernels_, {tile_rows, block_k, splits, workers});
+        settings_ = {tile_rows, block_k, splits, workers};
+        settings_ = backward() ? choose(int(workers)) : tilefold::resized(problem_, kernels_, settings_);
         return settings();
     }
 
@@ -207,13 +209,44 @@ class Fold {
                                       data<double>(sinks),
                                       data<int64_t>(q_ends),
                                       data<int64_t>(kv_ends)};
-        tilefold::Selection part{};
-        part.frame = frame, part.head = head, part.first_row = first_row, part.last_row = last_row;
-        if (lo) part.spans = int64_t(lo->shape(1)), part.lo = lo->data(), part.hi = hi->data();
-        if (bits)
-            part.bits = bits->data(), part.bits_bytes = int64_t(bits->shape(1)), part.bits_start = bits_start;
-        const tilefold::Report report = fold(arrays, part, team);
+        const tilefold::Report report =
+            fold(arrays, selection(first_row, last_row, frame, head, lo, hi, bits, bits_start), team);
         return {report.bytes, report.infinite};
+    }
+
+    int64_t gradient(Input q, Input k, Input v, Input out, Input lse, std::optional<Input> bias,
+                     std::optional<Input> cells, std::optional<Floats> alibi, std::optional<Floats> sinks,
+                     std::optional<Integers> q_ends, std::optional<Integers> kv_ends, Input dout,
+                     std::optional<Input> dlse, Output dq, Output dk, Output dv, std::optional<Output> dbias,
+                     std::optional<Sums> dsinks, bool add, int64_t first_row, int64_t last_row, int64_t frame,
+                     int64_t head, std::optional<Integers> lo, std::optional<Integers> hi,
+                     std::optional<Bytes> bits, int64_t bits_start, int team) const {
+        const tilefold::Arrays arrays{array(q),
+                                      array(k),
+                                      array(v),
+                                      array(out),
+                                      array(lse),
+                                      array(bias),
+                                      array(cells),
+                                      data<double>(alibi),
+                                      data<double>(sinks),
+                                      data<int64_t>(q_ends),
+                                      data<int64_t>(kv_ends)};
+        const tilefold::Gradients gradients{array(dout),
+                                            array(dlse),
+                                            array(dq),
+                                            array(dk),
+                                            array(dv),
+                                            array(dbias),
+                                            dsinks ? dsinks->data() : nullptr,
+                                            add};
+        const tilefold::Selection part =
+            selection(first_row, last_row, frame, head, lo, hi, bits, bits_start);
+        return guarded([&](tilefold::Stop& stop) {
+                   return tilefold::gradient(problem_, kernels_, settings_, arrays, gradients, part,
+                                             tilefold::Team(team), stop);
+               })
+            .bytes;
     }
 
     // The whole of a call without optional arrays; −1 where an address is no multiple of its item size.
@@ -229,25 +262,53 @@ class Fold {
     const char* isa() const { return machine_.name; }
 
    private:
+    bool backward() const { return problem_.want & tilefold::GRAD; }
+    tilefold::Settings choose(int threads) const {
+        return backward() ? tilefold::grad_plan(problem_, kernels_, threads)
+                          : tilefold::plan(problem_, kernels_, threads);
+    }
+    int64_t workspace() const {
+        return backward() ? tilefold::grad_workspace(problem_, kernels_, settings_)
+                          : tilefold::workspace(problem_, kernels_, settings_);
+    }
+
+    static tilefold::Selection selection(int64_t first_row, int64_t last_row, int64_t frame, int64_t head,
+                                         const std::optional<Integers>& lo, const std::optional<Integers>& hi,
+                                         const std::optional<Bytes>& bits, int64_t bits_start) {
+        tilefold::Selection part{};
+        part.frame = frame, part.head = head, part.first_row = first_row, part.last_row = last_row;
+        if (lo) part.spans = int64_t(lo->shape(1)), part.lo = lo->data(), part.hi = hi->data();
+        if (bits)
+            part.bits = bits->data(), part.bits_bytes = int64_t(bits->shape(1)), part.bits_start = bits_start;
+        return part;
+    }
+
     tilefold::Report fold(const tilefold::Arrays& arrays, const tilefold::Selection& part, int team) const {
+        return guarded([&](tilefold::Stop& stop) {
+            return tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
+        });
+    }
+
+    // A sweep without the GIL; what went wrong in it becomes Python's.
+    template <class Sweep>
+    tilefold::Report guarded(Sweep&& sweep) const {
         fenv_t callers;
         fegetenv(&callers);
         tilefold::Stop stop({is_main_thread() ? interrupted : nullptr, &callers});
         tilefold::Report report{};
         try {
             nb::gil_scoped_release unlocked;
-            report = tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
+            report = sweep(stop);
         } catch (const std::bad_alloc&) {
             PyErr_Format(PyExc_MemoryError, "unable to allocate %lld bytes of workspace",
-                         static_cast<long long>(tilefold::workspace(problem_, kernels_, settings_)));
+                         static_cast<long long>(workspace()));
         }
         if (PyErr_Occurred()) throw nb::python_error();
         return report;
     }
 
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> settings() const {
-        return {settings_.tile_rows, settings_.block_k, settings_.splits, settings_.workers,
-                tilefold::workspace(problem_, kernels_, settings_)};
+        return {settings_.tile_rows, settings_.block_k, settings_.splits, settings_.workers, workspace()};
     }
 
     tilefold::Problem problem_;
@@ -301,6 +362,14 @@ NB_MODULE(_core, m) {
              "bits_start"_a, "team"_a,
              "Fill out and lse; the bytes of workspace it took, and whether the highest score of a row was "
              "+inf. Arrays of bfloat16 come as uint16.")
+        .def("gradient", &Fold::gradient, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a.none(),
+             "cells"_a.none(), "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(),
+             "dout"_a, "dlse"_a.none(), "dq"_a, "dk"_a, "dv"_a, "dbias"_a.none(), "dsinks"_a.none(), "add"_a,
+             "first_row"_a, "last_row"_a, "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(),
+             "bits_start"_a, "team"_a,
+             "Fill dq, dk and dv, or add to dk and dv in the accumulate type; add to dbias, a view over what "
+             "was "
+             "stored, and to dsinks (sequences, heads). The bytes of workspace it took.")
         .def(
             "run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
             "The same for a whole call without optional arrays; the bytes, or -1 if an array is misaligned.");

@@ -18,29 +18,29 @@ TILEFOLD_INLINE void rows_from(T* base, const Strides& s, int64_t group, int64_t
     }
 }
 
-// Qᵀ as [dim][N] of E. Lanes beyond `rows` repeat the last row.
+// Rows r0 … of an array as columns [width][N] of E: Qᵀ. Lanes beyond `rows` repeat the last row.
 template <class T, class E, int N>
-void pack_queries(const Call& c, const Unit& u, int64_t r0, int64_t rows, E* to) {
+void pack_columns(const T* base, const Strides& s, int64_t group, int64_t r0, int64_t rows, int64_t width,
+                  E* to) {
     constexpr int W = LANES<E>;
-    const T* q = static_cast<const T*>(u.q);
     for (int i = 0; i < N; i += W) {
         const T* from[W];
-        rows_from<W>(q, c.q, c.group, r0, i, rows, from);
+        rows_from<W>(base, s, group, r0, i, rows, from);
         int64_t d = 0;
-        if (c.q.col == 1)
-            for (; d + W <= c.dim; d += W) {
+        if (s.col == 1)
+            for (; d + W <= width; d += W) {
                 Vec<E> x[W];
                 each<W>([&](auto r) TILEFOLD_LAMBDA { x[r] = widen(from[r] + d); });
                 transpose<E>(x);
                 each<W>([&](auto r) TILEFOLD_LAMBDA { store(to + (d + r) * N + i, x[r]); });
             }
-        for (; d < c.dim; d++)
-            for (int r = 0; r < W; r++) to[d * N + i + r] = one(from[r][d * c.q.col]);
+        for (; d < width; d++)
+            for (int r = 0; r < W; r++) to[d * N + i + r] = one(from[r][d * s.col]);
     }
 }
 
 #ifdef TILEFOLD_HAS_DOT2
-// The same in pairs of dims, [pairs][N]; a last odd dim has a partner of 0, and so have dims up to `pairs`.
+// Queries in pairs of dims, [pairs][N]; a last odd dim has a partner of 0, and so have dims up to `pairs`.
 template <int N>
 void pack_query_pairs(const Call& c, const Unit& u, int64_t r0, int64_t rows, int64_t pairs, uint32_t* to) {
     constexpr int W = LANES<float>;
@@ -123,20 +123,20 @@ inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64
 }
 #endif
 
-// Finished columns [v_dim][N] of E, times `factor` per lane, to output rows of T. Zeros are positive: whether
-// one was negative may depend on hidden neighbours.
+// Finished columns [width][N] of E, times `factor` per lane, to rows of T. Zeros are positive: whether one
+// was negative may depend on hidden neighbours.
 template <class T, class E, int N>
-void unpack_output(const Call& c, const Unit& u, int64_t r0, int64_t rows, const E* from, const E* factor) {
+void unpack_columns(T* base, const Strides& s, int64_t group, int64_t r0, int64_t rows, int64_t width,
+                    const E* from, const E* factor) {
     constexpr int W = LANES<E>;
-    T* out = static_cast<T*>(u.out);
     for (int i = 0; i < N && i < rows; i += W) {
         const Vec<E> f = load(factor + i);
         T* to[W];
-        rows_from<W>(out, c.out, c.group, r0, i, rows, to);
+        rows_from<W>(base, s, group, r0, i, rows, to);
         const int64_t count = least(W, rows - i);
         int64_t d = 0;
-        if (c.out.col == 1)
-            for (; d + W <= c.v_dim; d += W) {
+        if (s.col == 1)
+            for (; d + W <= width; d += W) {
                 Vec<E> x[W];
                 each<W>([&](auto r) TILEFOLD_LAMBDA { x[r] = load(from + (d + r) * N + i) * f + Vec<E>{}; });
                 transpose<E>(x);
@@ -144,8 +144,8 @@ void unpack_output(const Call& c, const Unit& u, int64_t r0, int64_t rows, const
                     if (r < count) narrow(to[r] + d, x[r]);
                 });
             }
-        for (; d < c.v_dim; d++)
-            for (int r = 0; r < count; r++) put(to[r] + d * c.out.col, E(from[d * N + i + r] * f[r] + E(0)));
+        for (; d < width; d++)
+            for (int r = 0; r < count; r++) put(to[r] + d * s.col, E(from[d * N + i + r] * f[r] + E(0)));
     }
 }
 

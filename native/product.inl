@@ -51,9 +51,10 @@ struct Source {
     TILEFOLD_INLINE Source from(int64_t r, int64_t k) const { return {at + r * row + k * step, row, step}; }
 };
 
+// Rows of B are `pitch` elements apart.
 template <class K, int MR, int NR>
 TILEFOLD_INLINE void strip(Vec<typename K::E> (&acc)[MR][NR], Source<typename K::A> a, const typename K::A* b,
-                           int64_t depth) {
+                           int64_t depth, int64_t pitch = NR * LANES<typename K::E>) {
     constexpr int W = LANES<typename K::E>;
     each<MR>([&](auto r) TILEFOLD_LAMBDA {
         each<NR>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = Vec<typename K::E>{}; });
@@ -66,7 +67,7 @@ TILEFOLD_INLINE void strip(Vec<typename K::E> (&acc)[MR][NR], Source<typename K:
             each<NR>([&](auto i) TILEFOLD_LAMBDA { acc[r][i] = K::step(acc[r][i], x, lanes[i]); });
         });
         a.at += a.step;
-        b += NR * W;
+        b += pitch;
     }
 }
 
@@ -93,6 +94,37 @@ TILEFOLD_INLINE void product(Source<typename K::A> a, const typename K::A* b, in
         strip<K, 1, NR>(acc, a.from(r, 0), b, depth);
         take(r, acc);
     }
+}
+
+// C += A · B for rows r0 … r1, where B and C have `vectors` vectors to a row: products whose lanes are dims.
+template <class K>
+void add_product(Source<typename K::A> a, const typename K::A* b, int64_t depth, int64_t r0, int64_t r1,
+                 int64_t vectors, typename K::E* c) {
+    constexpr int W = LANES<typename K::E>;
+    const int64_t pitch = vectors * W;
+    const auto columns = [&](auto nr) TILEFOLD_LAMBDA {
+        constexpr int NR = nr;
+        const auto rows = [&](int64_t r, auto mr) TILEFOLD_LAMBDA {
+            constexpr int MR = mr;
+            Vec<typename K::E> acc[MR][NR];
+            strip<K, MR, NR>(acc, a.from(r, 0), b, depth, pitch);
+            each<MR>([&](auto x) TILEFOLD_LAMBDA {
+                each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                    typename K::E* const at = c + (r + x) * pitch + i * W;
+                    store(at, load(at) + acc[x][i]);
+                });
+            });
+        };
+        int64_t r = r0;
+        for (; r + STRIP <= r1; r += STRIP) rows(r, Int<STRIP>{});
+        for (; r < r1; r++) rows(r, Int<1>{});
+        b += NR * W;
+        c += NR * W;
+    };
+    int64_t left = vectors;
+    for (; left > 4 || left == 3; left -= 3) columns(Int<3>{});
+    for (; left >= 2; left -= 2) columns(Int<2>{});
+    if (left) columns(Int<1>{});
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // scale → softcap → bias and ALiBi → mask: the one order of score transforms. Twin of scores.py.
 // A hidden score is −inf whatever it was.
-// A block without transforms never comes here: its scale and its diagonal are applied in registers
-// (fold.inl).
+// A block without transforms has its scale and its diagonal applied in registers, on the way from the
+// product.
 
 namespace tilefold {
 namespace {
@@ -157,10 +157,11 @@ bool sees_any(const Call& c, const Unit& u, const Row& row) {
 }
 
 // Transforms the scaled products s[key][N] of keys j0 … j1 in place, one vector of lanes at a time; `top`
-// takes each lane's maximum. `edge` says whether spans must be tested.
+// takes each lane's maximum. `edge` says whether spans must be tested; `capped_to` may take what the softcap
+// gave.
 template <class E, int NR>
 void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sight, int64_t r0, int64_t rows,
-                   int64_t j0, int64_t j1, bool edge, E* s, Vec<E> (&top)[NR]) {
+                   int64_t j0, int64_t j1, bool edge, E* s, Vec<E> (&top)[NR], E* capped_to) {
     constexpr int W = LANES<E>, N = NR * W;
     using M = Mask<E>;
     const Vec<E> none = set<E>(-INFINITE<E>), cap = set<E>(E(c.softcap));
@@ -223,6 +224,7 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
             for (int64_t k = 0; k < keys; k++, row += N) {
                 Vec<E> x = load(row);
                 if (capped) x = cap * tanh<E>(x / cap);
+                if (capped_to) store(capped_to + (row - s), x);
                 M hidden{};
                 if (u.bias) {
                     hidden = bias[k] == none;
@@ -242,6 +244,116 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
         }
     }
 }
+
+// Hands out pieces of a worker's scratch; with a null base it only counts.
+struct Arena {
+    char* at;
+    int64_t bytes = 0;
+    template <class T>
+    T* take(int64_t n) {
+        T* p = reinterpret_cast<T*>(at + bytes);
+        bytes += aligned(n * int64_t(sizeof(T)));
+        return p;
+    }
+};
+
+// The query rows of a tile, as lanes of NR vectors, and their scores.
+template <class K, class T, int NR>
+struct Lanes {
+    using E = typename K::E;
+    using A = typename K::A;
+    static constexpr int W = LANES<E>, N = NR * W;
+
+    int64_t r0, rows;
+    Sight<N> sight;
+    A* queries;  // Qᵀ, [depth][N]
+
+    void lay_out_queries(int64_t depth, Arena& a) { queries = a.template take<A>(depth * N); }
+
+    void open(const Call& c, const Unit& u, int64_t r0_, int64_t rows_, [[maybe_unused]] int64_t depth) {
+        r0 = r0_, rows = rows_;
+        sight.look(c, u, r0, rows);
+        if constexpr (K::PAIR == 1)
+            pack_columns<T, E, N>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, queries);
+#ifdef TILEFOLD_HAS_DOT2
+        else
+            pack_query_pairs<N>(c, u, r0, rows, depth, queries);
+#endif
+    }
+
+    // Scores of keys j0 … j1 into scores[j − j0][N]; raises `top`. `keys` stand at key k0. `capped` takes the
+    // scores after the softcap, where there is one.
+    void score(const Call& c, const Unit& u, Source<A> keys, int64_t depth, int64_t k0, int64_t j0,
+               int64_t j1, Kind kind, E* scores, Vec<E> (&top)[NR], E* capped = nullptr) const {
+        const bool plain = c.softcap == NO_SOFTCAP && !u.bias && !u.alibi && !sight.holes;
+        const bool edge = kind == Kind::EDGE;
+        E* const s = scores - (j0 - k0) * N;  // by key of the block
+        const Vec<E> scale = set<E>(E(c.scale)), none = set<E>(-INFINITE<E>);
+        if (!plain) {
+            Ahead ahead(c, u, r0, rows, j0, j1, STRIP);
+            const auto keep = [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+                constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+                E* const to = s + j * N;
+                ahead.step();
+                each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                    each<NR>([&](auto i) TILEFOLD_LAMBDA { store(to + r * N + i * W, acc[r][i] * scale); });
+                });
+            };
+            product<K, NR>(keys, queries, depth, j0 - k0, j1 - k0, keep);
+            finish_scores<E, NR>(c, u, sight, r0, rows, j0, j1, edge, scores, top, capped);
+            return;
+        }
+        Mask<E> lo[NR]{}, hi[NR]{};  // relative to the block
+        int64_t full0 = k0, full1 = j1;
+        if (edge) {
+            for (int r = 0; r < N; r++) {
+                lo[r / W][r % W] = typename Float<E>::Integer(within(sight.lo[r] - k0, 0, c.block_k));
+                hi[r / W][r % W] = typename Float<E>::Integer(within(sight.hi[r] - k0, 0, c.block_k));
+            }
+            full0 = sight.full_first, full1 = sight.full_last;
+        }
+        Vec<E> highest[NR];  // copies that stores cannot alias, so that they may stay in registers
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = top[i]; });
+        const auto finish = [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+            constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+            E* const to = s + j * N;
+            if (__builtin_expect(k0 + j < full0 || k0 + j + MR > full1, 0)) {
+                each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                    const Mask<E> at = Mask<E>{} + typename Float<E>::Integer(j + r);
+                    each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                        const Vec<E> x = select<E>((lo[i] <= at) & (hi[i] > at), acc[r][i] * scale, none);
+                        highest[i] = max(x, highest[i]);
+                        store(to + r * N + i * W, x);
+                    });
+                });
+                return;
+            }
+            Vec<E> strip_top[NR];  // a chain of its own: through `highest` strips would wait for one another
+            each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                    const Vec<E> x = acc[r][i] * scale;
+                    store(to + r * N + i * W, x);
+                    if constexpr (r == 0)
+                        strip_top[i] = x;
+                    else
+                        strip_top[i] = max(x, strip_top[i]);
+                });
+            });
+            each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = max(strip_top[i], highest[i]); });
+        };
+        product<K, NR>(keys, queries, depth, j0 - k0, j1 - k0, finish);
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = highest[i]; });
+    }
+
+    // Which lanes see which of the keys from j0 on, [keys][N].
+    void note_seen(const Call& c, const Unit& u, int64_t j0, int64_t keys, uint8_t* seen) const {
+        Row row(r0, c.group);
+        for (int r = 0; r < N; r++) {
+            for (int64_t k = 0; k < keys; k++) seen[k * N + r] = sees<E>(c, u, row, j0 + k);
+            if (r + 1 < rows) row.next();
+        }
+    }
+};
 
 }  // namespace
 }  // namespace tilefold

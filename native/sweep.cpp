@@ -8,50 +8,16 @@
 
 #include <string.h>
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
-#include <stdexcept>
-#include <thread>
 #include <vector>
 
+#include "layouts.h"
 #include "memory.h"
+#include "work.h"
 
 namespace tilefold {
 namespace {
-
-constexpr double OPERATIONS_PER_THREAD = 4e6;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-constexpr double MOST_BYTES = 4e18;
-constexpr int64_t MOST_DIM = int64_t(1) << 40;  // with it no sum below overflows, on any machine that exists
-
-[[noreturn]] void too_large() {
-    throw std::length_error("the problem is too large: its workspace overflows 2^63 bytes");
-}
-
-// Results below the smallest normal number become 0 while this lives. The weights of far keys fall that low
-// (any ALiBi does it), and x86 takes some 150 cycles for each product with such a number.
-class FlushToZero {
-#if defined(__SSE2__)
-   public:
-    FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
-    ~FlushToZero() { _mm_setcsr(before_); }
-
-   private:
-    const unsigned before_;
-#endif
-};
-
-// One sequence within the arrays.
-struct Frame {
-    int64_t item;  // of the leading axes
-    int64_t q0, k0, q_len, kv_len;
-};
 
 struct Shape {
     int64_t units, tiles, segments;  // tiles and segments of the longest unit
@@ -61,7 +27,7 @@ struct Shape {
 
     // q_len and kv_len are those of the longest sequences.
     Shape(const Problem& p, const Kernels& k, const Settings& s, int64_t q_len, int64_t kv_len) {
-        if (p.dim > MOST_DIM || p.v_dim > MOST_DIM || kv_len > MOST_DIM || q_len > MOST_DIM) too_large();
+        check_sizes(p, q_len, kv_len);
         units = p.batch * p.kv_heads;
         const int64_t group = p.heads / p.kv_heads;
         tiles = ceil_div(q_len * group, s.tile_rows);
@@ -87,28 +53,18 @@ struct Shape {
     int64_t bytes(int64_t workers) const {
         const double most = double(workers) * double(scratch) + double(slots) * double(slot_bytes()) +
                             double(states) * double(state);
-        if (most > MOST_BYTES) too_large();
+        check_bytes(most);
         return workers * aligned(scratch) + slots * slot_bytes() + states * state +
                aligned(counters * int64_t(sizeof(int32_t)));
     }
 };
 
-class Sweep {
+class Sweep : Sequences {
    public:
     Sweep(const Problem& p, const Kernels& k, const Settings& s, const Arrays& a, const Selection& part,
           Stop& stop)
-        : p_(p), k_(k), s_(s), a_(a), part_(part), stop_(stop), group_(p.heads / p.kv_heads), c_{} {
-        c_.group = part.head < 0 ? group_ : 1;
-        c_.dim = p.dim, c_.v_dim = p.v_dim, c_.scale = p.scale, c_.softcap = p.softcap;
-        c_.bias_type = a.bias.type;
-        c_.q = inner(a.q), c_.k = inner(a.k), c_.v = inner(a.v), c_.out = inner(a.out);
-        c_.lse = a.lse ? inner(a.lse, 0) : Strides{};
-        c_.bias = a.bias ? inner(a.bias) : Strides{};
-        c_.cells = a.cells ? inner(a.cells) : Strides{};
-        c_.spans = part.spans, c_.bits_bytes = part.bits_bytes, c_.bits_start = part.bits_start;
-        c_.block_k = s.block_k;
+        : Sequences(p, a, part, s.block_k), k_(k), s_(s), stop_(stop) {
         c_.pack_keys = k.value_bytes && !k.key_bytes && strided_keys(a.k, p.dim, k.multiple);
-        find_frames();
     }
 
     static bool strided_keys(const Array& k, int64_t dim, int64_t multiple) {
@@ -150,60 +106,21 @@ class Sweep {
         std::atomic<int64_t> left{0};
     };
 
-    static Strides inner(const Array& a, int columns = 1) {
-        const int64_t* s = a.strides + a.dims - columns;
-        return {s[-2], s[-1], columns ? s[0] : 0};
-    }
-
     static bool odd_lead(const Array& k, int64_t multiple) {
         for (int i = 0; i < k.dims - 3; i++)
             if (k.strides[i] % multiple) return true;
         return false;
     }
 
-    // Elements from the start of `a` to item `item` of its leading axes.
-    static int64_t lead_at(const Array& a, int inner_dims, int64_t item) {
-        int64_t at = 0;
-        for (int i = a.dims - inner_dims - 1; i >= 0; i--) {
-            at += item % a.shape[i] * a.strides[i];
-            item /= a.shape[i];
-        }
-        return at;
-    }
-
-    void find_frames() {
-        const bool packed = p_.layout == VARLEN;
-        const int64_t first = part_.frame < 0 ? 0 : part_.frame,
-                      last = part_.frame < 0 ? p_.batch : first + 1;
-        frames_.reserve(size_t(last - first));
-        for (int64_t n = first; n < last; n++) {
-            if (packed)
-                frames_.push_back({0, a_.q_ends[n], a_.kv_ends[n], a_.q_ends[n + 1] - a_.q_ends[n],
-                                   a_.kv_ends[n + 1] - a_.kv_ends[n]});
-            else
-                frames_.push_back(
-                    {n, 0, 0, a_.q_ends ? a_.q_ends[n] : p_.q_len, a_.kv_ends ? a_.kv_ends[n] : p_.kv_len});
-        }
-        if (packed || p_.has & LENGTHS)
-            std::stable_sort(frames_.begin(), frames_.end(), [](const Frame& x, const Frame& y) {
-                return x.q_len * x.kv_len > y.q_len * y.kv_len;
-            });
-    }
-
-    int64_t first_row(const Frame& f) const { return std::min(part_.first_row, f.q_len); }
-    int64_t last_row(const Frame& f) const { return std::min(part_.last_row, f.q_len); }
-    int64_t tiles(const Frame& f) const {
-        return ceil_div((last_row(f) - first_row(f)) * c_.group, s_.tile_rows);
-    }
+    int64_t tiles(const Frame& f) const { return Sequences::tiles(f, s_.tile_rows); }
     int64_t segments(const Frame& f) const {
         return s_.splits > 1 ? std::max<int64_t>(1, ceil_div(f.kv_len, SEGMENT)) : 1;
     }
-    int64_t heads() const { return part_.head < 0 ? p_.kv_heads : 1; }
 
     int64_t count_pieces() {
         ends_.reserve(frames_.size());
         int64_t sum = 0;
-        for (const Frame& f : frames_) ends_.push_back(sum += heads() * tiles(f) * segments(f));
+        for (const Frame& f : frames_) ends_.push_back(sum += kv_heads() * tiles(f) * segments(f));
         return sum;
     }
 
@@ -223,54 +140,10 @@ class Sweep {
         memset(undone_, 0, undone_bytes_);
     }
 
-    Unit unit(const Frame& f, int64_t kv_head) {
-        const int64_t head = part_.head < 0 ? kv_head * group_ : part_.head;
-        Unit u{};
-        u.q = at(a_.q, f.item, head, f.q0);
-        u.k = at(a_.k, f.item, kv_head, f.k0);
-        u.v = at(a_.v, f.item, kv_head, f.k0);
-        u.out = at(a_.out, f.item, head, f.q0);
-        if (a_.lse)
-            u.lse = a_.lse.data + (lead_at(a_.lse, 2, f.item) + head * c_.lse.head + f.q0 * c_.lse.row) *
-                                      width(a_.lse.type);
-        u.kv_len = f.kv_len, u.first_row = first_row(f);
-        u.band = p_.band;
-        if (u.band.offset == PER_SEQUENCE) u.band.offset = f.kv_len - f.q_len;
-        if (a_.bias) u.bias = cell(a_.bias, f, head);
-        if (a_.cells) u.cells = reinterpret_cast<const uint8_t*>(cell(a_.cells, f, head));
-        u.lo = part_.lo, u.hi = part_.hi, u.bits = part_.bits;
-        if (a_.alibi) u.alibi = a_.alibi + f.item * p_.heads + head;
-        if (a_.sinks) u.sinks = a_.sinks + f.item * p_.heads + head;
-        u.infinite = &infinite_;
-        return u;
-    }
-    static char* at(const Array& a, int64_t item, int64_t head, int64_t row) {
-        const Strides s = inner(a);
-        return a.data + (lead_at(a, 3, item) + head * s.head + row * s.row) * width(a.type);
-    }
-    static char* cell(const Array& a, const Frame& f, int64_t head) {
-        const Strides s = inner(a);
-        return a.data + (lead_at(a, 3, f.item) + head * s.head + f.q0 * s.row + f.k0 * s.col) * width(a.type);
-    }
-
-    struct Context {
-        Sweep* sweep;
-        int worker;
-    };
-
     void work(int worker) {
         const FlushToZero flush{};
-        Context context{this, worker};
-        Worker w{scratch_ + worker * scratch_bytes_, &context,
-                 [](void* x) {
-                     auto* me = static_cast<Context*>(x);
-                     return me->sweep->stop_.check(me->worker);
-                 },
-                 [](void* x) {
-                     auto* me = static_cast<Context*>(x);
-                     if (me->sweep->stop_.check(me->worker)) return;
-                     std::this_thread::yield();
-                 }};
+        Line line{stop_, worker};
+        Worker w = line.worker(scratch_ + worker * scratch_bytes_);
         while (!stop_.check(worker)) {
             const int64_t n = next_.fetch_add(1, std::memory_order_relaxed);
             if (ends_.empty() || n >= ends_.back()) return;
@@ -286,11 +159,11 @@ class Sweep {
                       per_unit = tiles_here * segments_here;
         const int64_t head = n / per_unit, rest = n % per_unit;
         const int64_t tile = tiles_here - 1 - rest / segments_here;
-        Unit u = unit(f, part_.head < 0 ? head : part_.head / group_);
+        Unit u = unit(f, head);
         Piece piece{};
         piece.r0 = u.first_row * c_.group + tile * s_.tile_rows;
         piece.r1 = std::min(piece.r0 + s_.tile_rows, last_row(f) * c_.group);
-        const int64_t order = int64_t(at) * heads() + head;  // of the unit
+        const int64_t order = int64_t(at) * kv_heads() + head;  // of the unit
         if (s_.splits > 1) {
             split(u, piece, order, tile, rest % segments_here, segments_here, w);
             return;
@@ -344,20 +217,13 @@ class Sweep {
             k_.tile(c_, u, piece, w);
     }
 
-    const Problem& p_;
     const Kernels& k_;
     const Settings& s_;
-    const Arrays& a_;
-    const Selection& part_;
     Stop& stop_;
-    const int64_t group_;
-    Call c_;
-    std::vector<Frame> frames_;
     std::vector<int64_t> ends_;  // pieces up to and with each frame
     std::vector<Slot> slots_;
     int64_t q_most_ = 0, kv_most_ = 0;
     std::atomic<int64_t> next_{0};
-    int32_t infinite_ = 0;
     char *scratch_ = nullptr, *states_ = nullptr;
     int32_t* undone_ = nullptr;
     size_t undone_bytes_ = 0;
@@ -380,10 +246,7 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     // A piece of its own per segment costs a state and a merge.
     const bool split = p.layout != VARLEN && segments > 1 && threads > 1 && pieces < 4 * threads;
     s.splits = split ? segments : 1;
-    // Waking a thread costs as much as some millions of operations.
-    const double operations =
-        2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) * double(p.dim + p.v_dim);
-    const int64_t worth = int64_t(std::min(operations / OPERATIONS_PER_THREAD, double(MAX_THREADS)));
+    const int64_t worth = threads_worth(2.0 * cells(p) * double(p.dim + p.v_dim));
     const int64_t most = std::min<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, worth);
     s.workers = std::clamp<int64_t>(most, 1, threads);
     // Plans count rows per head: what comes back from one must be what was planned.

@@ -68,4 +68,19 @@ struct Report {
 Report fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
             const Selection& part, Team team, Stop& stop);
 
+// What the backward pass reads and writes beside the arrays of a call (out and lse among them): dq, dk and dv
+// in the storage type, or dk and dv in the accumulate type, to be added to, where `add` says so; dbias in the
+// accumulate type, a view with steps of 0 where it is summed; dsinks (sequences, heads).
+struct Gradients {
+    Array dout, dlse, dq, dk, dv, dbias;
+    double* dsinks = nullptr;
+    bool add = false;
+};
+
+// The same four for the backward pass. Its tiles and blocks are the kernels' own.
+Settings grad_plan(const Problem& p, const Kernels& kernels, int threads);
+int64_t grad_workspace(const Problem& p, const Kernels& kernels, const Settings& s);
+Report gradient(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
+                const Gradients& g, const Selection& part, Team team, Stop& stop);
+
 }  // namespace tilefold

@@ -11,5 +11,6 @@
 #include "scores.inl"
 #include "fold.inl"
 #include "row.inl"
+#include "replay.inl"
 #include "kernels.inl"
 // clang-format on

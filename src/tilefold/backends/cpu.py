@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..layouts import fill_padding, frames
-from ..masks import Dense
+from ..layouts import empty_like, fill_padding, frames
+from ..masks import Dense, Mask
 from ..plan import BackendRefused, Plan
-from ..problem import Layout, Operands, Problem, Want
+from ..problem import Has, Layout, Operands, Problem, Want
 from ..replay import Grads, Probe
 from ..scores import refuse_infinite
 from ..tiles import panel_of
@@ -77,8 +77,8 @@ class NativeBackend:
             return "the native core has no paged layout"
         if p.dropout:
             return "dropout is not offered: exact attention has no random part"
-        if p.want & (Want.GRAD | Want.TAPS):
-            return "the native core folds forward only"
+        if p.want & Want.TAPS:
+            return "the native core has no taps for statistics of the weights"
         if p.want & (Want.ENTROPY | Want.TOPK | Want.MAX_LOGIT):
             return "the native core does not fold row statistics"
         return None
@@ -96,22 +96,10 @@ class NativeBackend:
         p = plan.problem
         assert x.out is not None
         fill_padding(p, x, rows)
-        run = running(plan).run
-        arrays: list[np.ndarray | None] = [_as_core_reads(a) for a in (x.q, x.k, x.v)]
+        run, whose = running(plan).run, team()
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
-        cells = x.mask.cells_of(x.lead, p.heads, p.q_len, p.kv_len) if isinstance(x.mask, Dense) else None
-        arrays += [
-            _plain(out),
-            x.lse,
-            None if x.bias is None else _as_core_reads(x.bias),
-            None if cells is None else cells.view(np.uint8),
-            None if x.alibi is None else np.ascontiguousarray(x.alibi, np.float64),
-            None if x.sinks is None else np.ascontiguousarray(x.sinks, np.float64),
-            x.q_ends,
-            x.kv_ends,
-        ]
-        whose = team()
-        reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows, cells is not None)]
+        arrays = _arrays(p, x, _plain(out))
+        reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):
             refuse_infinite(x.given_bias)
         if out is not x.out:
@@ -122,7 +110,34 @@ class NativeBackend:
         self._refuse(plan.problem)
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
-        self._refuse(plan.problem)
+        p, acc = plan.problem, plan.problem.accumulate
+        assert x.out is not None
+        add = not _whole(x.mask)  # then dk and dv grow call by call
+        dq = empty_like(x.q, x.q.shape, x.q.dtype)
+        dk, dv = (empty_like(a, a.shape, acc if add else a.dtype) for a in (x.k, x.v))
+        if add or p.has & Has.LENGTHS:
+            for grown in (dq, dk, dv):
+                grown[...] = 0
+        bias = x.given_bias
+        dbias = None if bias is None else np.zeros(bias.shape, acc)
+        dsinks = None if x.sinks is None else np.zeros((p.batch, p.heads))
+        arrays = _arrays(p, x, _as_core_reads(x.out)) + [
+            _as_core_reads(dout),
+            None if dlse is None else _as_core_reads(dlse),
+            *(_plain(grad) for grad in (dq, dk, dv)),
+            None if dbias is None or x.bias is None else as_written(dbias, x.bias.shape),
+            dsinks,
+            add,
+        ]
+        run, whose = running(plan).gradient, team()
+        for part in _parts(plan, x, None):
+            run(*arrays, *part, whose)
+        dk, dv = (grad.astype(a.dtype, copy=False) for grad, a in ((dk, x.k), (dv, x.v)))
+        if dbias is not None and bias is not None:
+            dbias = dbias.astype(bias.dtype, copy=False)
+        if dsinks is not None and x.sinks is not None:
+            dsinks = dsinks.sum(axis=0).astype(x.sinks.dtype, copy=False)
+        return Grads(dq, dk, dv, dbias, dsinks)
 
     def _refuse(self, p: Problem) -> NoReturn:
         raise BackendRefused(f"backend 'native' refuses: {self.why_not(p)}")
@@ -169,11 +184,38 @@ def _plain(x: np.ndarray) -> np.ndarray:
     return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
 
 
-def _parts(plan: Plan, x: Operands, rows: slice | None, cells: bool) -> Iterator[tuple[Any, ...]]:
-    """The calls that a fold falls into: one, unless a mask must be evaluated panel by panel."""
+def as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`x` broadcast to `shape`, as a view that may be written through."""
+    strides = np.broadcast_to(x, shape).strides
+    return np.lib.stride_tricks.as_strided(x, shape, strides)
+
+
+def _arrays(p: Problem, x: Operands, out: np.ndarray) -> list[np.ndarray | None]:
+    """The arrays of a call, in the core's order."""
+    cells = x.mask.cells_of(x.lead, p.heads, p.q_len, p.kv_len) if isinstance(x.mask, Dense) else None
+    return [
+        *(_as_core_reads(a) for a in (x.q, x.k, x.v)),
+        out,
+        x.lse,
+        None if x.bias is None else _as_core_reads(x.bias),
+        None if cells is None else cells.view(np.uint8),
+        None if x.alibi is None else np.ascontiguousarray(x.alibi, np.float64),
+        None if x.sinks is None else np.ascontiguousarray(x.sinks, np.float64),
+        x.q_ends,
+        x.kv_ends,
+    ]
+
+
+def _whole(mask: Mask | None) -> bool:
+    """Whether the core can read the whole mask itself."""
+    return mask is None or isinstance(mask, Dense)
+
+
+def _parts(plan: Plan, x: Operands, rows: slice | None) -> Iterator[tuple[Any, ...]]:
+    """The calls that a sweep falls into: one, unless a mask must be evaluated panel by panel."""
     p = plan.problem
     every = (0, p.q_len) if rows is None else (rows.start, rows.stop)
-    if x.mask is None or cells:
+    if _whole(x.mask):
         if rows is None or p.layout is not Layout.VARLEN:
             yield (*every, -1, -1, None, None, None, 0)
             return

@@ -1,0 +1,424 @@
+// Sweep two on one machine, with the backward pass as its tap: twin of replay.py, which is the specification.
+//
+// A piece is one segment of a unit's keys; it goes through the tiles of query rows upwards. With lse known
+// every weight is rebuilt, P = e^(S − lse); with delta = Σ dout · out − dlse the gradient of a score is dS =
+// P · (dout · V − delta). Five products per block of keys and tile: S and dP have keys as rows and queries as
+// lanes, like the forward's; dQᵀ += Kᵀ · dS the same; dV += P · dout and dK += dS · Q have keys as rows and
+// dims as lanes. dK and dV of a segment stay in the second cache; dQ of a tile is one sum per segment, and
+// the segments add to it in turn, so that its order is that of the keys, whoever computes what.
+//
+// A hidden cell has P = 0 and dS = 0 exactly. Still 0 · NaN is NaN, so a block in which something is hidden
+// and something is not finite is multiplied with that taken as 0, and it is added where it is seen.
+
+namespace tilefold {
+namespace {
+
+// Rows r0 … of an array as rows [rows][pitch] of E, padded with 0.
+template <class T, class E>
+void pack_rows(const T* base, const Strides& s, int64_t group, int64_t r0, int64_t rows, int64_t width,
+               int64_t pitch, E* to) {
+    Row row(r0, group);
+    for (int64_t r = 0; r < rows; r++, row.next(), to += pitch) {
+        widen_rows<T, E>(base + row.at(s), 0, s.col, 1, width, to, pitch);
+        for (int64_t d = width; d < pitch; d++) to[d] = 0;
+    }
+}
+
+template <class E>
+bool all_finite_at(const E* x, int64_t row, int64_t col, int64_t n, int64_t width) {
+    bool finite = true;
+    for (int64_t j = 0; j < n; j++, x += row) {
+        int64_t d = 0;
+        if (col == 1 && width >= LANES<E>) {
+            d = width / LANES<E> * LANES<E>;
+            finite &= all_finite(x, d);
+        }
+        for (; d < width; d++) finite &= x[d * col] - x[d * col] == 0;
+    }
+    return finite;
+}
+
+// `from` with 0 for what is not finite; x - x is NaN then.
+template <class E>
+void clean(const E* from, int64_t n, E* to) {
+    for (int64_t i = 0; i < n; i += LANES<E>) {
+        const Vec<E> x = load(from + i);
+        store(to + i, select<E>(x - x == 0, x, Vec<E>{}));
+    }
+}
+
+template <class K, class T>
+struct Replay {
+    using E = typename K::E;
+    static constexpr int NR = WIDEST, W = LANES<E>, N = NR * W;
+    static constexpr bool PACKED = !__is_same(T, E);
+    static_assert(K::PAIR == 1);
+
+    const Call& c;
+    const Unit& u;
+    const GradCall& g;
+    const GradUnit& to;
+    Worker& w;
+    const int64_t segment, dims, v_dims;  // keys per segment; vectors of dims
+    const bool capped;
+
+    // Of the segment.
+    int64_t s0 = 0, s1 = 0;
+    E *own_keys, *own_values;      // [segment][dim], [segment][v_dim]: packed, where storage is not E
+    Source<E> keys{}, values{};    // from key s0; depth is dim and v_dim
+    E *dk, *dv;                    // [segment][dims · W]
+    bool odd_keys[8];              // per block: a key or value that is not finite
+    // Of the tile.
+    Lanes<K, T, NR> lanes;
+    E *q, *dout, *dout_columns;     // [N][dims · W], [N][v_dims · W], [v_dim][N]
+    E *clean_q, *clean_dout;        // without what is not finite
+    E *dq, *delta, *shift, *scale;  // [dim][N], [N] …
+    bool odd;                       // something of the tile is not finite
+    // Of the block.
+    E *p, *ds, *before_bias, *clean_keys;  // [block][N] …; scores after the softcap; [block][dim]
+    uint8_t* seen;
+
+    Replay(const Call& c_, const Unit& u_, const GradCall& g_, const GradUnit& to_, Worker& w_, Arena& a)
+        : c(c_),
+          u(u_),
+          g(g_),
+          to(to_),
+          w(w_),
+          segment(grad_segment(c.dim, c.v_dim)),
+          dims((c.dim + W - 1) / W),
+          v_dims((c.v_dim + W - 1) / W),
+          capped(c.softcap != NO_SOFTCAP) {
+        own_keys = a.template take<E>(PACKED ? segment * c.dim : 0);
+        own_values = a.template take<E>(PACKED ? segment * c.v_dim : 0);
+        dk = a.template take<E>(segment * dims * W);
+        dv = a.template take<E>(segment * v_dims * W);
+        lanes.lay_out_queries(c.dim, a);
+        q = a.template take<E>(N * dims * W);
+        dout = a.template take<E>(N * v_dims * W);
+        dout_columns = a.template take<E>(c.v_dim * N);
+        clean_q = a.template take<E>(N * dims * W);
+        clean_dout = a.template take<E>(N * v_dims * W);
+        dq = a.template take<E>(c.dim * N);
+        delta = a.template take<E>(N);
+        shift = a.template take<E>(N);
+        scale = a.template take<E>(N);
+        p = a.template take<E>(c.block_k * N);
+        ds = a.template take<E>(c.block_k * N);
+        before_bias = a.template take<E>(capped ? c.block_k * N : 0);
+        clean_keys = a.template take<E>(up(c.block_k * c.dim, W));
+        seen = a.template take<uint8_t>(c.block_k * N);
+    }
+
+    // ---- the segment ----
+
+    void open_segment(const GradPiece& piece) {
+        s0 = piece.segment * piece.keys;
+        s1 = least(s0 + piece.keys, u.kv_len);
+        const int64_t n = most(s1 - s0, 0);
+        const T* k = static_cast<const T*>(u.k) + s0 * c.k.row;
+        const T* v = static_cast<const T*>(u.v) + s0 * c.v.row;
+        if constexpr (PACKED) {
+            widen_rows<T, E>(k, c.k.row, c.k.col, n, c.dim, own_keys, c.dim);
+            widen_rows<T, E>(v, c.v.row, c.v.col, n, c.v_dim, own_values, c.v_dim);
+            keys = {own_keys, c.dim, 1}, values = {own_values, c.v_dim, 1};
+        } else {
+            keys = {k, c.k.row, c.k.col}, values = {v, c.v.row, c.v.col};
+        }
+        memset(dk, 0, size_t(n * dims * W) * sizeof(E));
+        memset(dv, 0, size_t(n * v_dims * W) * sizeof(E));
+        for (int64_t j = 0; j < n; j += c.block_k) {
+            const int64_t count = least(c.block_k, n - j);
+            const Source<E> ks = keys.from(j, 0), vs = values.from(j, 0);
+            odd_keys[j / c.block_k] = !all_finite_at(ks.at, ks.row, ks.step, count, c.dim) ||
+                                      !all_finite_at(vs.at, vs.row, vs.step, count, c.v_dim);
+        }
+    }
+
+    void close_segment() const {
+        write_rows(dk, dims, c.dim, E(c.scale), to.dk, g.dk);
+        write_rows(dv, v_dims, c.v_dim, E(1), to.dv, g.dv);
+    }
+    void write_rows(const E* from, int64_t vectors, int64_t width, E times, void* base,
+                    const Strides& s) const {
+        for (int64_t j = s0; j < s1; j++, from += vectors * W) {
+            if (g.add) {
+                E* const row = static_cast<E*>(base) + j * s.row;
+                for (int64_t d = 0; d < width; d++) row[d * s.col] += from[d] * times;
+            } else {
+                T* const row = static_cast<T*>(base) + j * s.row;
+                int64_t d = 0;
+                if (s.col == 1)
+                    for (; d + W <= width; d += W) narrow(row + d, load(from + d) * set<E>(times) + Vec<E>{});
+                for (; d < width; d++) put(row + d * s.col, E(from[d] * times + E(0)));
+            }
+        }
+    }
+
+    // ---- the tile ----
+
+    void open_tile(int64_t r0, int64_t rows) {
+        const T* const douts = static_cast<const T*>(to.dout);
+        lanes.open(c, u, r0, rows, c.dim);
+        pack_rows<T, E>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, dims * W, q);
+        pack_rows<T, E>(douts, g.dout, c.group, r0, rows, c.v_dim, v_dims * W, dout);
+        pack_columns<T, E, N>(douts, g.dout, c.group, r0, rows, c.v_dim, dout_columns);
+        odd = !all_finite(q, rows * dims * W) || !all_finite(dout, rows * v_dims * W);
+        Row row(r0, c.group);
+        for (int64_t r = 0; r < rows; r++, row.next()) {
+            const E lse = static_cast<const E*>(u.lse)[row.at(c.lse)];
+            shift[r] = lse == -INFINITE<E> ? E(0) : lse;
+            if (odd && !sees_any<E>(c, u, row)) clear(r);
+            delta[r] = output_times_dout(r, row);
+            if (to.dlse && lse != -INFINITE<E>) delta[r] -= static_cast<const E*>(to.dlse)[row.at(g.dlse)];
+            odd |= !(shift[r] - shift[r] == 0 && delta[r] - delta[r] == 0);
+        }
+        for (int64_t r = rows; r < N; r++) shift[r] = shift[rows - 1], delta[r] = delta[rows - 1];
+        if (odd) {
+            clean(q, rows * dims * W, clean_q);
+            clean(dout, rows * v_dims * W, clean_dout);
+        }
+        memset(dq, 0, size_t(c.dim * N) * sizeof(E));
+    }
+    // What a row that sees no key holds does not matter.
+    void clear(int64_t r) {
+        memset(q + r * dims * W, 0, size_t(dims * W) * sizeof(E));
+        memset(dout + r * v_dims * W, 0, size_t(v_dims * W) * sizeof(E));
+        for (int64_t d = 0; d < c.v_dim; d++) dout_columns[d * N + r] = 0;
+    }
+    E output_times_dout(int64_t r, const Row& row) const {
+        const T* const out = static_cast<const T*>(u.out) + row.at(c.out);
+        const E* const x = dout + r * v_dims * W;
+        Vec<E> sum{};
+        int64_t d = 0;
+        if (c.out.col == 1)
+            for (; d + W <= c.v_dim; d += W) sum = fma(load(x + d), widen(out + d), sum);
+        E total = 0;
+        for (int i = 0; i < W; i++) total += sum[i];
+        for (; d < c.v_dim; d++) total += x[d] * one(out[d * c.out.col]);
+        return total;
+    }
+
+    // The gradient of each head's sink: −Σ e^(sink − lse) · delta.
+    void add_sinks(int64_t r0, int64_t rows) const {
+        Row row(r0, c.group);
+        for (int64_t r = 0; r < rows; r++, row.next()) {
+            const E lse = static_cast<const E*>(u.lse)[row.at(c.lse)];
+            const double weight = lse == -INFINITE<E> ? 0 : __builtin_exp(u.sinks[row.head] - double(lse));
+            if (weight != 0) to.dsinks[row.head] -= weight * double(delta[r]);
+        }
+    }
+
+    // Adds what this segment gave to the tile's dq, after the segments before it; the last one writes it.
+    void hand_over(int64_t tile, int64_t number, int64_t first, int64_t last) {
+        E* sum = dq;
+        if (to.sums) {
+            sum = static_cast<E*>(to.sums) + tile * c.dim * N;
+            int32_t* const turn = to.turns + tile;
+            while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != int32_t(number - first)) {
+                if (w.stop(w.context)) return;
+                w.relax(w.context);
+            }
+            if (number == first)
+                memcpy(sum, dq, size_t(c.dim * N) * sizeof(E));
+            else
+                for (int64_t x = 0; x < c.dim * N; x += W) store(sum + x, load(sum + x) + load(dq + x));
+        }
+        if (number == last) write_dq(sum);
+        if (to.sums) __atomic_store_n(to.turns + tile, int32_t(number - first + 1), __ATOMIC_RELEASE);
+    }
+    void write_dq(const E* from) {
+        for (int r = 0; r < N; r++) scale[r] = E(c.scale);
+        unpack_columns<T, E, N>(static_cast<T*>(to.dq), g.dq, c.group, lanes.r0, lanes.rows, c.dim, from,
+                                scale);
+    }
+
+    // ---- the block ----
+
+    void block(int64_t k0, int64_t j0, int64_t j1) {
+        const Kind kind = lanes.sight.kind(c, u, lanes.r0, lanes.rows, j0, j1);
+        if (kind == Kind::EMPTY) return;
+        const int64_t n = j1 - j0, first = j0 - s0;
+        const bool hides = kind == Kind::EDGE || u.bias;
+        const bool careful = hides && (odd || odd_keys[(k0 - s0) / c.block_k]);
+        Vec<E> top[NR];
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = Vec<E>{}; });
+        lanes.score(c, u, keys.from(k0 - s0, 0), c.dim, k0, j0, j1, kind, p, top,
+                    capped ? before_bias : nullptr);
+        weights(n);
+        if (careful) {
+            lanes.note_seen(c, u, j0, n, seen);
+            hide(p, n);
+        }
+        gradients(first, n);
+        if (careful) hide(ds, n);
+        if (to.dbias) add_bias(j0, n);
+        if (capped) chain_softcap(n);
+        if (careful) {
+            reduce_carefully(first, n);
+            return;
+        }
+        reduce(keys.from(first, 0), q, dout, first, n);
+    }
+
+    void weights(int64_t n) const {
+        Vec<E> less[NR];
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { less[i] = load(shift + i * W); });
+        for (E *s = p, *end = p + n * N; s < end; s += N)
+            each<NR>([&](auto i) TILEFOLD_LAMBDA { store(s + i * W, exp<E>(load(s + i * W) - less[i])); });
+    }
+
+    // dS of the scores as they were before the softmax. A weight of 0 has none, whatever it is multiplied
+    // with.
+    void gradients(int64_t first, int64_t n) const {
+        const E* const weight = p;
+        E* const result = ds;
+        Vec<E> less[NR];
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { less[i] = load(delta + i * W); });
+        const auto take = [=](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+            constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+            each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                    const int64_t at = (j + r) * N + i * W;
+                    const Vec<E> x = load(weight + at);
+                    store(result + at, select<E>(x == 0, Vec<E>{}, x * (acc[r][i] - less[i])));
+                });
+            });
+        };
+        product<K, NR>(values.from(first, 0), dout_columns, c.v_dim, 0, n, take);
+    }
+
+    void chain_softcap(int64_t n) const {
+        const Vec<E> cap = set<E>(E(c.softcap));
+        for (int64_t at = 0; at < n * N; at += W) {
+            const Vec<E> x = load(ds + at), t = load(before_bias + at) / cap;
+            store(ds + at, select<E>(x == 0, Vec<E>{}, x * (set<E>(E(1)) - t * t)));
+        }
+    }
+
+    void add_bias(int64_t j0, int64_t n) const {
+        E* const base = static_cast<E*>(to.dbias) + j0 * g.dbias.col;
+        for (int i = 0; i < NR; i++) {
+            Row row(lanes.r0 + least(i * W, lanes.rows - 1), c.group);
+            int64_t at[W];
+            for (int r = 0; r < W; r++) {
+                at[r] = row.at(g.dbias);
+                if (i * W + r + 1 < lanes.rows) row.next();
+            }
+            const int64_t count = within(lanes.rows - i * W, 0, W);
+            for (int64_t j = 0; j < n; j += W) {
+                if (g.dbias.col == 1 && j + W <= n) {
+                    Vec<E> x[W];
+                    each<W>([&](auto k) TILEFOLD_LAMBDA { x[k] = load(ds + (j + k) * N + i * W); });
+                    transpose<E>(x);
+                    for (int64_t r = 0; r < count; r++)
+                        store(base + at[r] + j, load(base + at[r] + j) + x[r]);
+                } else {
+                    for (int64_t k = j; k < least(j + W, n); k++)
+                        for (int64_t r = 0; r < count; r++)
+                            base[at[r] + k * g.dbias.col] += ds[k * N + i * W + r];
+                }
+            }
+        }
+    }
+
+    // The three sums: over keys into dq, over rows into dk and dv.
+    void reduce(Source<E> ks, const E* qs, const E* douts, int64_t first, int64_t n) {
+        E* const sum = dq;
+        const auto add = [=](int64_t d, auto& acc) TILEFOLD_LAMBDA {
+            constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+            each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                    E* const at = sum + (d + r) * N + i * W;
+                    store(at, load(at) + acc[r][i]);
+                });
+            });
+        };
+        product<K, NR>(Source<E>{ks.at, ks.step, ks.row}, ds, n, 0, c.dim, add);
+        add_product<K>(Source<E>{p, N, 1}, douts, lanes.rows, 0, n, v_dims, dv + first * v_dims * W);
+        add_product<K>(Source<E>{ds, N, 1}, qs, lanes.rows, 0, n, dims, dk + first * dims * W);
+    }
+
+    // ---- a block in which something is hidden and something is not finite ----
+
+    void hide(E* x, int64_t n) const {
+        for (int64_t at = 0; at < n * N; at++)
+            if (!seen[at]) x[at] = 0;
+    }
+
+    void reduce_carefully(int64_t first, int64_t n) {
+        const Source<E> ks = keys.from(first, 0);
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t d = 0; d < c.dim; d++) {
+                const E x = ks.at[j * ks.row + d * ks.step];
+                clean_keys[j * c.dim + d] = x - x == 0 ? x : E(0);
+            }
+        reduce({clean_keys, c.dim, 1}, odd ? clean_q : q, odd ? clean_dout : dout, first, n);
+        const int64_t rows = lanes.rows;
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t d = 0; d < c.dim; d++) {
+                const E x = ks.at[j * ks.row + d * ks.step];
+                if (x - x == 0) continue;
+                for (int64_t r = 0; r < rows; r++)
+                    if (seen[j * N + r]) dq[d * N + r] += ds[j * N + r] * x;
+            }
+        if (!odd) return;
+        add_odd(q, dims, c.dim, ds, dk + first * dims * W, n);
+        add_odd(dout, v_dims, c.v_dim, p, dv + first * v_dims * W, n);
+    }
+    void add_odd(const E* rows, int64_t vectors, int64_t width, const E* by, E* sum, int64_t n) const {
+        for (int64_t r = 0; r < lanes.rows; r++)
+            for (int64_t d = 0; d < width; d++) {
+                const E x = rows[r * vectors * W + d];
+                if (x - x == 0) continue;
+                for (int64_t j = 0; j < n; j++)
+                    if (seen[j * N + r]) sum[j * vectors * W + d] += by[j * N + r] * x;
+            }
+    }
+
+    // ---- the piece ----
+
+    void run(const GradPiece& piece) {
+        open_segment(piece);
+        const int64_t number = piece.segment;
+        int64_t tile = 0;
+        for (int64_t r0 = piece.r0; r0 < piece.r1; r0 += N, tile++) {
+            if (w.stop(w.context)) return;
+            const int64_t rows = least(N, piece.r1 - r0);
+            lanes.sight.look(c, u, r0, rows);
+            const bool none = lanes.sight.last <= lanes.sight.first;
+            const int64_t first = none ? 0 : lanes.sight.first / piece.keys,
+                          last = none ? 0 : (lanes.sight.last - 1) / piece.keys;
+            const bool sinks = number == 0 && to.dsinks;
+            if ((number < first || number > last) && !sinks) continue;
+            open_tile(r0, rows);
+            if (sinks) add_sinks(r0, rows);
+            if (number < first || number > last) continue;
+            const int64_t j0 = most(s0, lanes.sight.first), j1 = least(s1, lanes.sight.last);
+            for (int64_t k0 = s0 + (j0 - s0) / c.block_k * c.block_k; k0 < j1; k0 += c.block_k)
+                block(k0, most(k0, j0), least(k0 + c.block_k, j1));
+            hand_over(tile, number, first, last);
+        }
+        close_segment();
+    }
+};
+
+template <class K, class T>
+void replay_gradient(const Call& c, const Unit& u, const GradCall& g, const GradUnit& to,
+                     const GradPiece& piece, Worker& w) {
+    Arena a{w.scratch};
+    Replay<K, T>(c, u, g, to, w, a).run(piece);
+}
+
+template <class K, class T>
+int64_t gradient_scratch(const Call& c) {
+    static const Unit u{};
+    static const GradCall g{};
+    static const GradUnit to{};
+    Worker w{};
+    Arena a{nullptr};
+    Replay<K, T>(c, u, g, to, w, a);
+    return a.bytes;
+}
+
+}  // namespace
+}  // namespace tilefold
