@@ -1,0 +1,122 @@
+// Kernels that are watched, and calls as the door makes them.
+#pragma once
+
+#include <type_traits>
+
+#include "../executor.h"
+#include "../fold.h"
+#include "definition.h"
+
+namespace {
+
+// The kernels of a machine, watched. One call at a time, so what it needs to know may be global.
+const Kernels* watched;
+int64_t scratch_bytes;
+
+template <auto kernel>
+void watch(const Call& c, const Unit& u, const Piece& p, Worker& w) {
+    char* const end = w.scratch + scratch_bytes;
+    memset(w.scratch, 0xff, size_t(scratch_bytes));
+    guard(end);
+    (watched->*kernel)(c, u, p, w);
+    expect(unguard(end), p.r1 - p.r0 <= watched->few_rows ? "few rows wrote beyond the end of their scratch"
+                                                          : "a tile wrote beyond the end of its scratch");
+}
+
+void watch_gradient(const Call& c, const Unit& u, const GradCall& g, const GradUnit& to, const GradPiece& p,
+                    Worker& w) {
+    char* const end = w.scratch + scratch_bytes;
+    memset(w.scratch, 0xff, size_t(scratch_bytes));
+    guard(end);
+    watched->grad(c, u, g, to, p, w);
+    expect(unguard(end), "a gradient wrote beyond the end of its scratch");
+}
+
+Kernels watch_kernels(const Kernels& kernels) {
+    watched = &kernels;
+    Kernels k = kernels;
+    k.scratch = [](const Call& c, int64_t rows) {
+        return (scratch_bytes = watched->scratch(c, rows)) + GUARD;
+    };
+    k.tile = watch<&Kernels::tile>;
+    k.row = watch<&Kernels::row>;
+    k.grad_scratch = [](const Call& c) {
+        return (scratch_bytes = aligned(watched->grad_scratch(c))) + GUARD;
+    };
+    k.grad = watch_gradient;
+    return k;
+}
+
+// The arrays of a case, queries from row `at` on.
+Arrays arrays_of(const Data& x, int64_t at, Tensor& out, Tensor* lse) {
+    Data& writable = const_cast<Data&>(x);
+    Arrays a{writable.q.array(at), writable.k.array(), writable.v.array(), out.array(at), {}, {}, {}};
+    if (lse) a.lse = lse->array(at, false);
+    if (x.c.biased) a.bias = writable.bias.array(at);
+    if (x.c.hides == CELLS_HIDE) a.cells = writable.cells.array(at);
+    if (x.c.alibi) a.alibi = x.alibi.data();
+    if (x.c.sinks) a.sinks = x.sinks.data();
+    if (x.c.lengths != WHOLE) a.q_ends = x.q_ends.data(), a.kv_ends = x.kv_ends.data();
+    return a;
+}
+
+bool in_panels(const Data& x) { return x.c.hides == SPANS_HIDE || x.c.hides == BITS_HIDE; }
+
+// Query rows first … last of each sequence as the door calls the core: at once, or, where a mask has spans or
+// bits, by sequence, by panel of rows, and by head if it says so. `at` is the query that row 0 of the problem
+// is.
+template <class Call>
+void in_parts(const Data& x, const Problem& p, int64_t first, int64_t last, int64_t at, Call&& call) {
+    Selection part;
+    part.first_row = first, part.last_row = last;
+    if (!in_panels(x)) return call(part);
+    constexpr int64_t PANEL = 97;
+    for (const Frame& f : x.frames)
+        for (int64_t row = first; row < std::min(last, f.q_len); row += PANEL)
+            for (int64_t head = x.c.by_head ? 0 : -1; head < (x.c.by_head ? p.heads : 0); head++) {
+                part.frame = f.n, part.head = head;
+                part.first_row = row, part.last_row = std::min({row + PANEL, last, f.q_len});
+                const int64_t rows = part.last_row - row;
+                std::vector<int64_t> lo, hi;
+                int64_t start = f.kv_len, stop = 0;
+                for (int64_t i = 0; i < rows; i++) {
+                    int64_t b0, b1;
+                    x.band(f, at + row + i, b0, b1);
+                    if (b1 > b0) start = std::min(start, b0), stop = std::max(stop, b1);
+                    if (x.c.hides == BITS_HIDE)
+                        lo.push_back(b0), hi.push_back(b1);
+                    else
+                        for (const auto& [s0, s1] : x.spans(f, std::max<int64_t>(head, 0), at + row + i))
+                            lo.push_back(s0), hi.push_back(s1);
+                }
+                part.spans = int64_t(lo.size()) / rows, part.lo = lo.data(), part.hi = hi.data();
+                std::vector<uint8_t> bits;
+                if (x.c.hides == BITS_HIDE) {
+                    start = std::min(start, stop);
+                    part.bits_start = start, part.bits_bytes = (stop - start + 7) / 8;
+                    bits.assign(size_t(rows * part.bits_bytes), 0);
+                    bits.reserve(1);
+                    part.bits = bits.data();
+                    for (int64_t i = 0; i < rows; i++)
+                        for (int64_t j = start; j < stop; j++)
+                            if (x.bit(f, std::max<int64_t>(head, 0), at + row + i, j))
+                                bits[size_t(i * part.bits_bytes + (j - start) / 8)] |=
+                                    uint8_t(1 << (j - start) % 8);
+                }
+                call(part);
+            }
+}
+// Folds query rows first … last of each sequence.
+void fold_rows(const Data& x, const Problem& p, const Kernels& k, const Settings& s, Team team, int64_t first,
+               int64_t last, int64_t at, Result& r) {
+    const Arrays a = arrays_of(x, at, r.out, r.has_lse ? &r.lse : nullptr);
+    in_parts(x, p, first, last, at, [&](const Selection& part) {
+        Stop stop;
+        memory_bytes = 0;
+        const int64_t bytes = tilefold::fold(p, k, s, a, part, team, stop).bytes;
+        expect(bytes == memory_bytes, "fold() does not say how much it allocated");
+        r.bytes = std::max(r.bytes, bytes);
+    });
+}
+
+}  // namespace
