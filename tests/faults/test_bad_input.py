@@ -460,7 +460,7 @@ BAD = {
     "plan: another backend's": (
         {"plan": replace(OTHER_PLAN, backend="native"), "causal": True, "probes": [Tap()]},
         tf.BackendRefused,
-        "plan is for the backend 'native', which refuses: the native core (folds forward only|is not installed)",
+        "plan is for the backend 'native', which refuses: the native core (has no taps|is not installed)",
     ),
     "plan: cannot do what is asked": (
         {"plan": tf.explain(Q, K, V, backend="numpy").plan, "invariant": True},
