@@ -98,7 +98,7 @@ class NativeBackend:
         fill_padding(p, x, rows)
         run, whose = running(plan).run, team()
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
-        arrays = _arrays(p, x, _plain(out))
+        arrays = _arrays(p, x, _plain(out), x.lse)
         reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):
             refuse_infinite(x.given_bias)
@@ -111,7 +111,7 @@ class NativeBackend:
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         p, acc = plan.problem, plan.problem.accumulate
-        assert x.out is not None
+        assert x.out is not None and x.lse is not None
         add = not _whole(x.mask)  # then dk and dv grow call by call
         dq = empty_like(x.q, x.q.shape, x.q.dtype)
         dk, dv = (empty_like(a, a.shape, acc if add else a.dtype) for a in (x.k, x.v))
@@ -121,7 +121,7 @@ class NativeBackend:
         bias = x.given_bias
         dbias = None if bias is None else np.zeros(bias.shape, acc)
         dsinks = None if x.sinks is None else np.zeros((p.batch, p.heads))
-        arrays = _arrays(p, x, _as_core_reads(x.out)) + [
+        arrays = _arrays(p, x, _as_core_reads(x.out), _as_core_reads(x.lse)) + [
             _as_core_reads(dout),
             None if dlse is None else _as_core_reads(dlse),
             *(_plain(grad) for grad in (dq, dk, dv)),
@@ -190,13 +190,15 @@ def as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(x, shape, strides)
 
 
-def _arrays(p: Problem, x: Operands, out: np.ndarray) -> list[np.ndarray | None]:
+def _arrays(
+    p: Problem, x: Operands, out: np.ndarray, lse: np.ndarray | None
+) -> list[np.ndarray | None]:
     """The arrays of a call, in the core's order."""
     cells = x.mask.cells_of(x.lead, p.heads, p.q_len, p.kv_len) if isinstance(x.mask, Dense) else None
     return [
         *(_as_core_reads(a) for a in (x.q, x.k, x.v)),
         out,
-        x.lse,
+        lse,
         None if x.bias is None else _as_core_reads(x.bias),
         None if cells is None else cells.view(np.uint8),
         None if x.alibi is None else np.ascontiguousarray(x.alibi, np.float64),
