@@ -184,7 +184,9 @@ def test_every_row_of_a_set_can_be_measured(name):
 
 
 def test_a_set_or_peer_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="--set must be default, forward, decode, small or all, got 'large'"):
+    with pytest.raises(
+        ValueError, match="--set must be default, forward, grad, decode, small or all, got 'large'"
+    ):
         parse_all(None, None, "large")
     with pytest.raises(ValueError, match=r"--peers must be some of naive, tilefold, .*; got 'abacus'"):
         chosen("naive,abacus")

@@ -112,7 +112,7 @@ class NativeBackend:
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         p, acc = plan.problem, plan.problem.accumulate
         assert x.out is not None and x.lse is not None
-        add = not _whole(x.mask)  # then dk and dv grow call by call
+        add = _evaluated(x.mask) is not None  # then dk and dv grow call by call
         dq = empty_like(x.q, x.q.shape, x.q.dtype)
         dk, dv = (empty_like(a, a.shape, acc if add else a.dtype) for a in (x.k, x.v))
         if add or p.has & Has.LENGTHS:
@@ -190,9 +190,7 @@ def as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(x, shape, strides)
 
 
-def _arrays(
-    p: Problem, x: Operands, out: np.ndarray, lse: np.ndarray | None
-) -> list[np.ndarray | None]:
+def _arrays(p: Problem, x: Operands, out: np.ndarray, lse: np.ndarray | None) -> list[np.ndarray | None]:
     """The arrays of a call, in the core's order."""
     cells = x.mask.cells_of(x.lead, p.heads, p.q_len, p.kv_len) if isinstance(x.mask, Dense) else None
     return [
@@ -208,16 +206,17 @@ def _arrays(
     ]
 
 
-def _whole(mask: Mask | None) -> bool:
-    """Whether the core can read the whole mask itself."""
-    return mask is None or isinstance(mask, Dense)
+def _evaluated(mask: Mask | None) -> Mask | None:
+    """The mask, where it must be evaluated here, panel by panel; the core reads arrays itself."""
+    return None if isinstance(mask, Dense) else mask
 
 
 def _parts(plan: Plan, x: Operands, rows: slice | None) -> Iterator[tuple[Any, ...]]:
     """The calls that a sweep falls into: one, unless a mask must be evaluated panel by panel."""
     p = plan.problem
     every = (0, p.q_len) if rows is None else (rows.start, rows.stop)
-    if _whole(x.mask):
+    mask = _evaluated(x.mask)
+    if mask is None:
         if rows is None or p.layout is not Layout.VARLEN:
             yield (*every, -1, -1, None, None, None, 0)
             return
@@ -226,10 +225,10 @@ def _parts(plan: Plan, x: Operands, rows: slice | None) -> Iterator[tuple[Any, .
             if first < last:
                 yield (first, last, n, -1, None, None, None, 0)
         return
-    heads = range(p.heads) if x.mask.by_head else (-1,)
+    heads = range(p.heads) if mask.by_head else (-1,)
     for n, frame in enumerate(frames(p, x)):
         first, last = max(every[0] - frame.q0, 0), min(every[1] - frame.q0, frame.q_len)
-        step = CELL_ROWS if x.mask.may_need_bits else SPAN_ROWS
+        step = CELL_ROWS if mask.may_need_bits else SPAN_ROWS
         for row in range(first, last, step):
             some = slice(row, min(row + step, last))
             for head in heads:

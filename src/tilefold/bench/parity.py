@@ -1,4 +1,4 @@
-"""Is a result right? Its first, middle and last rows against float64, within the computed budget.
+"""Is a result right? Its first, middle and last rows against float64, within the computed budget; gradients whole.
 
 What is right is computed once for a scenario, and everyone is held against it.
 """
@@ -6,13 +6,13 @@ What is right is computed once for a scenario, and everyone is held against it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..dtypes import ROWS
-from ..masks import band
-from ..naive import naive
+from ..masks import band, window
+from ..naive import naive, naive_grad
 from .budgets import Error, judge, reference_type
 
 if TYPE_CHECKING:
@@ -26,20 +26,37 @@ class Parity:
 
     def __init__(self, scenario: Scenario, inputs: Inputs) -> None:
         self.dtype = scenario.dtype
-        self.panels = [
-            (rows, *_computed(scenario, inputs, rows)) for rows in _panels(scenario.case.size["q"])
-        ]
+        self.panels: list[tuple[Any, np.ndarray, np.ndarray]] = (
+            list(_differentiated(scenario, inputs))
+            if scenario.grad
+            else [
+                ((..., rows, slice(None)), *_computed(scenario, inputs, rows))
+                for rows in _panels(scenario.case.size["q"])
+            ]
+        )
 
     def check(self, out: np.ndarray) -> Error:
-        errors = [
-            judge("out", out[..., rows, :], [plain], right, self.dtype) for rows, plain, right in self.panels
-        ]
+        errors = [judge("out", out[where], [plain], right, self.dtype) for where, plain, right in self.panels]
         return Error(
             "out",
             max(e.error for e in errors),
             max(e.budget for e in errors),
             all(e.same_specials for e in errors),
         )
+
+
+def _differentiated(scenario: Scenario, inputs: Inputs) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """dq, dk and dv as they should be, one after the other, and where each of them lies."""
+    q, k, v = inputs[:3]
+    dout, acc = scenario.dout(inputs), ROWS[scenario.dtype].accumulate
+    mask = None if scenario.band.unlimited else window(scenario.band.left, scenario.band.right)
+    plain, right = (
+        naive_grad(q, k, v, dout, mask=mask, dtype=dtype)[:3] for dtype in (acc, reference_type(acc))
+    )
+    at = 0
+    for a, b in zip(plain, right, strict=True):
+        yield slice(at, at + a.size), a.reshape(-1), b.reshape(-1)
+        at += a.size
 
 
 def _computed(scenario: Scenario, inputs: Inputs, rows: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 FIRST = ("naive", "tilefold")  # then whoever else took part, in the order of the file
 
 File = dict[str, Any]
+Row = tuple[str, bool]  # a case, and whether its gradients were measured
 
 
 def render(files: Sequence[File]) -> str:
@@ -45,15 +46,15 @@ def replaced(text: str, table: str) -> str:
 
 
 def _tables(file: File) -> Iterator[str]:
-    by_type: dict[str, dict[str, dict[str, Any]]] = {}
+    by_type: dict[str, dict[Row, dict[str, Any]]] = {}
     for row in file["results"]:
         scenarios = by_type.setdefault(Case.parse(row["case"]).dtype, {})
-        scenarios.setdefault(row["case"], {})[row["by"]] = row
+        scenarios.setdefault((row["case"], row.get("grad", False)), {})[row["by"]] = row
     for dtype, scenarios in by_type.items():
         yield "\n".join(_table(file, dtype, scenarios))
 
 
-def _table(file: File, dtype: str, scenarios: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _table(file: File, dtype: str, scenarios: dict[Row, dict[str, Any]]) -> Iterator[str]:
     took_part = dict.fromkeys(
         who for rows in scenarios.values() for who, row in rows.items() if "seconds" in row
     )
@@ -63,8 +64,11 @@ def _table(file: File, dtype: str, scenarios: dict[str, dict[str, Any]]) -> Iter
     header += ["of peak", "memory, naive → tilefold"] if ours else []
     yield _line(header)
     yield "|---" * len(header) + "|"
-    for case, rows in scenarios.items():
-        cells = [in_words(case), *_times([rows.get(name, {}) for name in who])]
+    for (case, grad), rows in scenarios.items():
+        cells = [
+            in_words(case) + (", forward and backward" if grad else ""),
+            *_times([rows.get(name, {}) for name in who]),
+        ]
         yield _line(
             [*cells, *([share(rows["tilefold"].get("share_of_peak")), _memory(rows)] if ours else [])]
         )

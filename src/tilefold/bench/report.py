@@ -181,7 +181,12 @@ def as_json(run: Run, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _row(run: Run, m: Measured) -> dict[str, Any]:
-    row: dict[str, Any] = {"scenario": m.scenario.name, "case": m.scenario.case.text, "by": m.peer.name}
+    row: dict[str, Any] = {
+        "scenario": m.scenario.name,
+        "case": m.scenario.case.text,
+        "grad": m.scenario.grad,
+        "by": m.peer.name,
+    }
     if m.error is None:
         return row | {"refusal": m.refusal}
     amx = run.peaks.best("amx") if m.scenario.dtype == "bfloat16" else None

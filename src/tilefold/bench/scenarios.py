@@ -2,6 +2,7 @@
 
 A scenario is a case string with commas for blanks, and `n2048` for `q2048 k2048`. Only masks that are one band (full,
 causal, window) are measured, with a dense bias or without: their visible cells can be counted, and rows checked alone.
+The word `grad` asks for the forward and the backward pass together.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Scenario:
     name: str
     case: Case
     band: Band
+    grad: bool = False  # forward and backward
 
     @classmethod
     def parse(cls, text: str, dtype: str = "float32") -> Scenario:
@@ -43,6 +45,8 @@ class Scenario:
             raise ValueError(f"dtype must be {names()}, got {dtype!r}")
         words = re.split(r",(?=[a-z])", text)
         words = [re.sub(r"^n(\d+)$", r"q\1 k\1", word) for word in words]
+        grad = "grad" in words
+        words = [word for word in words if word != "grad"]
         case = Case.parse(" ".join(words if set(words) & set(ROWS) else [dtype, *words]))
         if strange := sorted(set(case.words) - MEASURED):
             raise ValueError(
@@ -50,7 +54,9 @@ class Scenario:
             )
         if not min(case.heads, case.size["q"], case.size["k"], case.size["d"], case.size["v"]):
             raise ValueError(f"shape {text!r} has nothing to compute; a shape looks like h8,n2048,d64,causal")
-        return cls(text, case, _band(case))
+        if grad and "bias" in case.words:
+            raise ValueError(f"shape {text!r}: gradients are not measured with a bias")
+        return cls(text, case, _band(case), grad)
 
     @property
     def dtype(self) -> str:
@@ -71,14 +77,15 @@ class Scenario:
 
     @property
     def gflop(self) -> float:
-        """Work on visible cells only: two products per cell."""
+        """Work on visible cells only: two products per cell, and five more of a backward pass."""
         n = self.case.size
-        return 2 * self.visible * self.batch * self.case.heads * (n["d"] + n["v"]) / 1e9
+        products = n["d"] + n["v"] + (3 * n["d"] + 2 * n["v"] if self.grad else 0)
+        return 2 * self.visible * self.batch * self.case.heads * products / 1e9
 
     @property
     def is_decode(self) -> bool:
         """One query: the time is that of reading keys and values, so its rate is bytes."""
-        return self.case.size["q"] == 1
+        return self.case.size["q"] == 1 and not self.grad
 
     @property
     def kv_bytes(self) -> int:
@@ -106,6 +113,18 @@ class Scenario:
         built = self.case.build()
         bias = built.options.get("bias")
         return (built.q, built.k, built.v) if bias is None else (built.q, built.k, built.v, bias)
+
+    def dout(self, inputs: Inputs) -> np.ndarray:
+        """The gradient that a backward pass begins with, the same in every process."""
+        q, _, v = inputs[:3]
+        return np.random.default_rng(1).standard_normal((*q.shape[:-1], v.shape[-1])).astype(q.dtype)
+
+    def result(self, out: np.ndarray | tuple[np.ndarray, ...], inputs: Inputs) -> np.ndarray:
+        """What is compared: the output, or dq, dk and dv one after the other."""
+        q, _, v = inputs[:3]
+        if isinstance(out, tuple):
+            return np.concatenate([x.reshape(-1) for x in out])
+        return out.reshape(*q.shape[:-1], v.shape[-1])
 
     def check(self, inputs: Inputs, out: np.ndarray) -> Error:
         """The error of `out` against float64, and how much is allowed."""

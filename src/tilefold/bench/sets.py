@@ -39,18 +39,29 @@ FORWARD = (
     "h2,n8192,d128,causal,window=1023,0",
 )
 
+GRAD = (
+    *(
+        f"h{heads},n{n},d{dim}{mask},grad"
+        for n, heads in ((2048, 4), (8192, 1))
+        for dim in (64, 128)
+        for mask in ("", ",causal")
+    ),
+    "h8/2,n8192,d128,causal,window=1023,0,grad",
+)
+
 SMALL = tuple(f"h8,n{n},d64{mask}" for n in (16, 32, 64, 128, 256) for mask in ("", ",causal"))
 
 SETS = {
     "default": Set(("float32",), DEFAULT),
     "forward": Set(("float32", "bfloat16", "float16", "float64"), FORWARD),
+    "grad": Set(("float32", "bfloat16", "float16", "float64"), GRAD),
     "decode": Set(
         ("float32", "bfloat16", "float16"),
         tuple(f"h32/8,q1,k{keys},d128" for keys in (4096, 8192, 16384, 32768)),
     ),
     "small": Set(("float32", "bfloat16"), SMALL),
 }
-ALL = ("forward", "decode", "small")  # what `all` stands for
+ALL = ("forward", "grad", "decode", "small")  # what `all` stands for
 
 
 def rows(chosen: str, dtype: str | None = None) -> Iterator[str]:

@@ -138,7 +138,7 @@ def steps(scenarios: Sequence[Scenario], rounds: int) -> int:
 def _one(
     scenario: Scenario, peers: Sequence[Peer], run: Run, company: Company, done: Callable[[str], None]
 ) -> list[Measured]:
-    rows = [Measured(scenario, peer, refusal=peer.why_not(scenario) or "") for peer in peers]
+    rows = [Measured(scenario, peer, refusal=peer.refusal(scenario) or "") for peer in peers]
     with tempfile.TemporaryDirectory(prefix="tilefold-bench-") as folder:
         stage = _Stage(scenario, scenario.inputs(), Path(folder), company)
         calls = [(row, timed) for row in rows if (timed := stage.prepare(row)) is not None]

@@ -28,7 +28,8 @@ def bench(
         typer.Option(help=f"What to measure, e.g. {EXAMPLE}; a type may be part of a shape."),
     ] = None,
     chosen_set: Annotated[
-        str, typer.Option("--set", help="default (about a minute), forward, decode, small, or all three.")
+        str,
+        typer.Option("--set", help="default (about a minute), forward, grad, decode, small, or all four."),
     ] = "default",
     dtype: Annotated[
         str | None,

@@ -34,10 +34,15 @@ def _build(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
     def call(q: Any, k: Any, v: Any, bias: Any = None) -> Any:
         return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, local_window_size=window)
 
-    compiled = jax.jit(call)
+    def both(dout: Any, *arrays: Any) -> Any:
+        return jax.vjp(call, *arrays)[1](dout)
+
+    compiled = jax.jit(both if scenario.grad else call)
     rows_first = [four(x).swapaxes(1, 2) for x in inputs[:3]]
+    if scenario.grad:
+        rows_first.insert(0, four(scenario.dout(inputs)).swapaxes(1, 2))
     ready = [jax.numpy.asarray(x) for x in (*rows_first, *(four(b) for b in inputs[3:]))]
-    return lambda: compiled(*ready).block_until_ready()
+    return lambda: jax.block_until_ready(compiled(*ready))
 
 
 def _result(out: Any, dtype: str) -> np.ndarray:
@@ -54,4 +59,5 @@ JAX = Peer(
     apart=f"{__name__}:JAX",
     package="jax",
     note="jax.nn.dot_product_attention, compiled",
+    backward=True,
 )

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ...api import attention, explain
+from ...api import attention, attention_grad
+from ...call import Options, understand
 from ...dtypes import ROWS
 from ...flash import naive_attention
+from ...problem import Want
 from ..scenarios import Inputs, Scenario
 from .row import Peer
 
@@ -36,14 +38,24 @@ def _options(scenario: Scenario, inputs: Inputs) -> dict[str, Any]:
 def _flash(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
     q, k, v = inputs[:3]
     options = _options(scenario, inputs)
-    return lambda: attention(q, k, v, **options)
+    if not scenario.grad:
+        return lambda: attention(q, k, v, **options)
+    dout = scenario.dout(inputs)
+
+    def both() -> tuple[np.ndarray, ...]:
+        out, lse = attention(q, k, v, **options, return_lse=True)
+        return tuple(attention_grad(q, k, v, out, lse, dout, **options)[:3])
+
+    return both
 
 
 def _workspace(scenario: Scenario, inputs: Inputs) -> int:
     """What the native core allocates out of NumPy's sight."""
+    wants = (Want(0), Want.LSE | Want.GRAD) if scenario.grad else (Want(0),)
     q, k, v = inputs[:3]
-    plan = explain(q, k, v, **_options(scenario, inputs)).plan
-    return plan.workspace_bytes if plan.backend == "native" else 0
+    options = Options(**_options(scenario, inputs))
+    plans = [understand(q, k, v, options, want=want).plan for want in wants]
+    return max(plan.workspace_bytes if plan.backend == "native" else 0 for plan in plans)
 
 
 def _naive(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
@@ -90,5 +102,13 @@ def _hidden(scenario: Scenario) -> np.ndarray:
 
 NAIVE = Peer("naive", _always, _anything, _naive, _as_is, foreign=False, package="numpy")
 FLASH = Peer(
-    "tilefold", _always, _anything, _flash, _as_is, foreign=False, package="tilefold", unseen=_workspace
+    "tilefold",
+    _always,
+    _anything,
+    _flash,
+    _as_is,
+    foreign=False,
+    package="tilefold",
+    unseen=_workspace,
+    backward=True,
 )

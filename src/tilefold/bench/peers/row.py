@@ -27,6 +27,19 @@ class Peer:
     package: str = ""  # whose version counts
     note: str = ""  # how it is called, where that is a choice
     unseen: Callable[[Scenario, Inputs], int] | None = None  # bytes of a call that tracemalloc does not see
+    backward: bool = False  # `build` also knows gradients: dq, dk and dv as a tuple
+
+    def refusal(self, scenario: Scenario) -> str | None:
+        """Why this scenario is not measured, or None."""
+        if scenario.grad and not self.backward:
+            return "its gradients are not measured"
+        return self.why_not(scenario)
+
+    def numpy(self, result: Any, dtype: str) -> np.ndarray | tuple[np.ndarray, ...]:
+        """The result of a call, or each of its gradients."""
+        if isinstance(result, tuple):
+            return tuple(self.to_numpy(x, dtype) for x in result)
+        return self.to_numpy(result, dtype)
 
     @property
     def version(self) -> str | None:

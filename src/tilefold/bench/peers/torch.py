@@ -39,7 +39,16 @@ def _build(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
     x, y, z, *added = (tensor(a) for a in (q, k, v, *bias))
     attn_mask, causal = (added[0] if added else None), scenario.is_causal and not scenario.sees_all
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    return lambda: sdpa(x, y, z, attn_mask, is_causal=causal, enable_gqa=grouped).reshape(shape)
+
+    def call() -> Any:
+        return sdpa(x, y, z, attn_mask, is_causal=causal, enable_gqa=grouped).reshape(shape)
+
+    if not scenario.grad:
+        return call
+    dout = tensor(four(scenario.dout(inputs)))
+    for leaf in (x, y, z):
+        leaf.requires_grad_()
+    return lambda: torch.autograd.grad(call(), (x, y, z), dout)
 
 
 TORCH = Peer(
@@ -52,4 +61,5 @@ TORCH = Peer(
     apart=f"{__name__}:TORCH",
     package="torch",
     note="scaled_dot_product_attention",
+    backward=True,
 )
