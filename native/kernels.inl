@@ -3,13 +3,18 @@
 namespace tilefold {
 namespace {
 
-template <class E>
-struct Widened {
+// Gradients are computed in E whatever the storage, but by tiles, which are fast enough for halves.
+template <class K, bool IN_TILES>
+struct ForGradients {
     using Kernel = Single;
 };
 template <>
-struct Widened<double> {
+struct ForGradients<Double, false> {
     using Kernel = Double;
+};
+template <class K>
+struct ForGradients<K, true> {
+    using Kernel = K;
 };
 
 template <class K, class T>
@@ -30,9 +35,9 @@ constexpr Kernels kernels_of() {
     k.few_rows = K::IN_TILES ? 4 : FEW_ROWS;  // more keep vectors busier than tiles
     k.row = fold_row<K, T>;
     k.join = join_states<E, T>;
-    using Wide = typename Widened<E>::Kernel;  // gradients are computed in E, whatever the storage
-    k.grad = replay_gradient<Wide, T>;
-    k.grad_scratch = gradient_scratch<Wide, T>;
+    using Grad = typename ForGradients<K, K::IN_TILES>::Kernel;
+    k.grad = replay_gradient<Grad, T>;
+    k.grad_scratch = gradient_scratch<Grad, T>;
     return k;
 }
 

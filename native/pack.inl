@@ -40,17 +40,17 @@ void pack_columns(const T* base, const Strides& s, int64_t group, int64_t r0, in
 }
 
 #ifdef TILEFOLD_HAS_DOT2
-// Queries in pairs of dims, [pairs][N]; a last odd dim has a partner of 0, and so have dims up to `pairs`.
+// The same in pairs, [pairs][N]; a last odd dim has a partner of 0, and so have dims up to `pairs`.
 template <int N>
-void pack_query_pairs(const Call& c, const Unit& u, int64_t r0, int64_t rows, int64_t pairs, uint32_t* to) {
+void pack_column_pairs(const BFloat* base, const Strides& s, int64_t group, int64_t r0, int64_t rows,
+                       int64_t width, int64_t pairs, uint32_t* to) {
     constexpr int W = LANES<float>;
-    const BFloat* q = static_cast<const BFloat*>(u.q);
     for (int i = 0; i < N; i += W) {
         const BFloat* from[W];
-        rows_from<W>(q, c.q, c.group, r0, i, rows, from);
+        rows_from<W>(base, s, group, r0, i, rows, from);
         int64_t p = 0;
-        if (c.q.col == 1)
-            for (; 2 * (p + W) <= c.dim; p += W) {
+        if (s.col == 1)
+            for (; 2 * (p + W) <= width; p += W) {
                 F32 x[W];
                 each<W>([&](auto r) TILEFOLD_LAMBDA {
                     x[r] = load(reinterpret_cast<const float*>(from[r] + 2 * p));
@@ -61,8 +61,8 @@ void pack_query_pairs(const Call& c, const Unit& u, int64_t r0, int64_t rows, in
         for (; p < pairs; p++)
             for (int r = 0; r < W; r++) {
                 uint32_t low = 0, high = 0;
-                if (2 * p < c.dim) low = from[r][2 * p * c.q.col].bits;
-                if (2 * p + 1 < c.dim) high = from[r][(2 * p + 1) * c.q.col].bits;
+                if (2 * p < width) low = from[r][2 * p * s.col].bits;
+                if (2 * p + 1 < width) high = from[r][(2 * p + 1) * s.col].bits;
                 to[p * N + i + r] = low | high << 16;
             }
     }

@@ -96,13 +96,23 @@ TILEFOLD_INLINE void product(Source<typename K::A> a, const typename K::A* b, in
     }
 }
 
+// f(NR) for groups of columns that make up `vectors` vectors, as wide as products are fast.
+template <class F>
+TILEFOLD_INLINE void each_group(int64_t vectors, F&& f) {
+    int64_t left = vectors;
+    for (; left > 4 || left == 3; left -= 3) f(Int<3>{});
+    for (; left >= 2; left -= 2) f(Int<2>{});
+    if (left) f(Int<1>{});
+}
+
 // C += A · B for rows r0 … r1, where B and C have `vectors` vectors to a row: products whose lanes are dims.
 template <class K>
+    requires(!K::IN_TILES)
 void add_product(Source<typename K::A> a, const typename K::A* b, int64_t depth, int64_t r0, int64_t r1,
                  int64_t vectors, typename K::E* c) {
     constexpr int W = LANES<typename K::E>;
     const int64_t pitch = vectors * W;
-    const auto columns = [&](auto nr) TILEFOLD_LAMBDA {
+    each_group(vectors, [&](auto nr) TILEFOLD_LAMBDA {
         constexpr int NR = nr;
         const auto rows = [&](int64_t r, auto mr) TILEFOLD_LAMBDA {
             constexpr int MR = mr;
@@ -120,11 +130,7 @@ void add_product(Source<typename K::A> a, const typename K::A* b, int64_t depth,
         for (; r < r1; r++) rows(r, Int<1>{});
         b += NR * W;
         c += NR * W;
-    };
-    int64_t left = vectors;
-    for (; left > 4 || left == 3; left -= 3) columns(Int<3>{});
-    for (; left >= 2; left -= 2) columns(Int<2>{});
-    if (left) columns(Int<1>{});
+    });
 }
 
 }  // namespace

@@ -43,16 +43,21 @@ struct SubnormalsAreZero {
     ~SubnormalsAreZero() { _mm_setcsr(before); }
 };
 
+// Where the lower halves of numbers lie that are sums of two of bf16, in A or in B; 0 where there are none.
+struct Halves {
+    int64_t a = 0, b = 0;
+};
+
 // Tile registers are named by literals, so a step of depth is written out for each width.
 #define TILEFOLD_ROW(c0, c1, c2)                                     \
-    _tile_loadd(7, b, NR * 64);                                      \
+    _tile_loadd(7, b, pitch * 4);                                    \
     _tile_dpbf16ps(c0, 6, 7);                                        \
     if constexpr (NR > 1) {                                          \
-        _tile_loadd(7, b + 16, NR * 64);                             \
+        _tile_loadd(7, b + 16, pitch * 4);                           \
         _tile_dpbf16ps(c1, 6, 7);                                    \
     }                                                                \
     if constexpr (NR > 2) {                                          \
-        _tile_loadd(7, b + 32, NR * 64);                             \
+        _tile_loadd(7, b + 32, pitch * 4);                           \
         _tile_dpbf16ps(c2, 6, 7);                                    \
     }
 #define TILEFOLD_STORE(c, row, lane) _tile_stored(c, to + (row) * NR * 16 + (lane), NR * 64)
@@ -62,7 +67,7 @@ struct SubnormalsAreZero {
 enum class Rows16 { TWO, ONE, FEW };
 template <int NR, Rows16 ROWS>
 TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_t* b, int64_t depth,
-                                  float* to) {
+                                  float* to, int64_t pitch = NR * 16, Halves halves = {}) {
     alignas(64) uint32_t part[16 * 16];
     settle_memory();
     _tile_zero(0);
@@ -71,19 +76,23 @@ TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_
     _tile_zero(3);
     _tile_zero(4);
     _tile_zero(5);
-    const uint32_t *a0 = a.at, *a1 = a.at + 16 * a.row;
-    for (int64_t k = 0; k < depth; k += 16, a0 += 16, a1 += 16, b += 16 * NR * 16) {
-        if constexpr (ROWS == Rows16::FEW) {
-            for (int64_t x = 0; x < few; x++) memcpy(part + x * 16, a0 + x * a.row, 64);
-            settle_memory();
-            _tile_loadd(6, part, 64);
-        } else {
-            _tile_loadd(6, a0, a.row * 4);
-        }
-        TILEFOLD_ROW(0, 1, 2)
-        if constexpr (ROWS == Rows16::TWO) {
-            _tile_loadd(6, a1, a.row * 4);
-            TILEFOLD_ROW(3, 4, 5)
+    const uint32_t* const begin = b;
+    for (int64_t n = 0; n < (halves.a || halves.b ? 2 : 1); n++) {
+        b = begin + n * halves.b;
+        const uint32_t *a0 = a.at + n * halves.a, *a1 = a0 + 16 * a.row;
+        for (int64_t k = 0; k < depth; k += 16, a0 += 16, a1 += 16, b += 16 * pitch) {
+            if constexpr (ROWS == Rows16::FEW) {
+                for (int64_t x = 0; x < few; x++) memcpy(part + x * 16, a0 + x * a.row, 64);
+                settle_memory();
+                _tile_loadd(6, part, 64);
+            } else {
+                _tile_loadd(6, a0, a.row * 4);
+            }
+            TILEFOLD_ROW(0, 1, 2)
+            if constexpr (ROWS == Rows16::TWO) {
+                _tile_loadd(6, a1, a.row * 4);
+                TILEFOLD_ROW(3, 4, 5)
+            }
         }
     }
     TILEFOLD_STORE(0, 0, 0);
@@ -101,19 +110,19 @@ TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_
 template <class K, int NR, class Take>
     requires(K::IN_TILES)
 TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
-                             Take&& take) {
+                             Take&& take, int64_t pitch = NR * 16, Halves halves = {}) {
     alignas(64) float c[32 * NR * 16];
     depth = up(depth, K::DEPTH);
     for (int64_t r = r0; r < r1;) {
         int64_t rows = 32;
         if (r1 - r >= 32) {
-            tile_product<NR, Rows16::TWO>(a.from(r, 0), 0, b, depth, c);
+            tile_product<NR, Rows16::TWO>(a.from(r, 0), 0, b, depth, c, pitch, halves);
         } else if (r1 - r >= 16) {
-            tile_product<NR, Rows16::ONE>(a.from(r, 0), 0, b, depth, c);
+            tile_product<NR, Rows16::ONE>(a.from(r, 0), 0, b, depth, c, pitch, halves);
             rows = 16;
         } else {
             rows = r1 - r;
-            tile_product<NR, Rows16::FEW>(a.from(r, 0), rows, b, depth, c);
+            tile_product<NR, Rows16::FEW>(a.from(r, 0), rows, b, depth, c, pitch, halves);
         }
         int64_t x = 0;
         for (; x + STRIP <= rows; x += STRIP) {
@@ -130,6 +139,29 @@ TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t dept
         }
         r += rows;
     }
+}
+
+// The same as in product.inl; numbers of A are sums of halves.
+template <class K>
+    requires(K::IN_TILES)
+void add_product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
+                 int64_t vectors, float* c, int64_t lower) {
+    const int64_t pitch = vectors * 16;
+    each_group(vectors, [&](auto nr) TILEFOLD_LAMBDA {
+        constexpr int NR = nr;
+        const auto add = [=](int64_t r, auto& acc) TILEFOLD_LAMBDA {
+            constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+            each<MR>([&](auto x) TILEFOLD_LAMBDA {
+                each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                    float* const at = c + (r + x) * pitch + i * 16;
+                    store(at, load(at) + acc[x][i]);
+                });
+            });
+        };
+        product<K, NR>(a, b, depth, r0, r1, add, pitch, Halves{lower, 0});
+        b += NR * 16;
+        c += NR * 16;
+    });
 }
 
 }  // namespace

@@ -7,6 +7,10 @@
 // dims as lanes. dK and dV of a segment stay in the second cache; dQ of a tile is one sum per segment, and
 // the segments add to it in turn, so that its order is that of the keys, whoever computes what.
 //
+// Where tiles are multiplied in silicon (bf16), S and dP are exact products of what is stored; for the three
+// sums P and dS are taken as sums of two halves of bf16, whose 16 bits leave no error that the result could
+// hold.
+//
 // A hidden cell has P = 0 and dS = 0 exactly. Still 0 · NaN is NaN, so a block in which something is hidden
 // and something is not finite is multiplied with that taken as 0, and it is added where it is seen.
 
@@ -24,16 +28,16 @@ void pack_rows(const T* base, const Strides& s, int64_t group, int64_t r0, int64
     }
 }
 
-template <class E>
-bool all_finite_at(const E* x, int64_t row, int64_t col, int64_t n, int64_t width) {
+template <class E, class T>
+bool finite_rows(const T* x, int64_t row, int64_t col, int64_t n, int64_t width) {
     bool finite = true;
     for (int64_t j = 0; j < n; j++, x += row) {
+        Vec<E> odd{};
         int64_t d = 0;
-        if (col == 1 && width >= LANES<E>) {
-            d = width / LANES<E> * LANES<E>;
-            finite &= all_finite(x, d);
-        }
-        for (; d < width; d++) finite &= x[d * col] - x[d * col] == 0;
+        if (col == 1)
+            for (; d + LANES<E> <= width; d += LANES<E>) odd += widen(x + d) - widen(x + d);
+        finite &= !any(odd != Vec<E>{});
+        for (; d < width; d++) finite &= one(x[d * col]) - one(x[d * col]) == 0;
     }
     return finite;
 }
@@ -50,9 +54,12 @@ void clean(const E* from, int64_t n, E* to) {
 template <class K, class T>
 struct Replay {
     using E = typename K::E;
+    using A = typename K::A;
     static constexpr int NR = WIDEST, W = LANES<E>, N = NR * W;
-    static constexpr bool PACKED = !__is_same(T, E);
-    static_assert(K::PAIR == 1);
+    static constexpr bool PACKED = !__is_same(T, E), IN_TILES = K::IN_TILES;
+    static_assert(K::PAIR == 1 || IN_TILES);
+    // In tiles, pairs: of a block's keys, and of a tile's rows.
+    static constexpr int64_t KEY_PAIRS = GRAD_BLOCK / 2, ROW_PAIRS = (N + 31) / 32 * 16;
 
     const Call& c;
     const Unit& u;
@@ -60,22 +67,28 @@ struct Replay {
     const GradUnit& to;
     Worker& w;
     const int64_t segment, dims, v_dims;  // keys per segment; vectors of dims
+    const int64_t depth, v_depth;         // of products over dims, in A
     const bool capped;
 
     // Of the segment.
     int64_t s0 = 0, s1 = 0;
-    E *own_keys, *own_values;      // [segment][dim], [segment][v_dim]: packed, where storage is not E
-    Source<E> keys{}, values{};    // from key s0; depth is dim and v_dim
-    E *dk, *dv;                    // [segment][dims · W]
-    bool odd_keys[8];              // per block: a key or value that is not finite
+    A *own_keys, *own_values;    // [segment][depth], [segment][v_depth]: packed, where storage is not E
+    A* keys_across;              // in tiles: [block][dim][KEY_PAIRS], without what is not finite
+    Source<A> keys{}, values{};  // from key s0
+    E *dk, *dv;                  // [segment][dims · W]
+    bool odd_keys[8];            // per block: a key or value that is not finite
     // Of the tile.
     Lanes<K, T, NR> lanes;
-    E *q, *dout, *dout_columns;     // [N][dims · W], [N][v_dims · W], [v_dim][N]
+    E *q, *dout;                    // [N][dims · W], [N][v_dims · W]
+    A* dout_columns;                // [v_depth][N]
+    A *q_pairs, *dout_pairs;        // in tiles: [ROW_PAIRS][dims · W] and so on, without what is not finite
     E *clean_q, *clean_dout;        // without what is not finite
     E *dq, *delta, *shift, *scale;  // [dim][N], [N] …
     bool odd;                       // something of the tile is not finite
     // Of the block.
     E *p, *ds, *before_bias, *clean_keys;  // [block][N] …; scores after the softcap; [block][dim]
+    A *p_halves, *ds_halves;               // in tiles: [block][2][ROW_PAIRS]
+    A* ds_pairs;                           // in tiles: [2][KEY_PAIRS][N]
     uint8_t* seen;
 
     Replay(const Call& c_, const Unit& u_, const GradCall& g_, const GradUnit& to_, Worker& w_, Arena& a)
@@ -87,15 +100,20 @@ struct Replay {
           segment(grad_segment(c.dim, c.v_dim)),
           dims((c.dim + W - 1) / W),
           v_dims((c.v_dim + W - 1) / W),
+          depth(up(c.dim, K::PAIR * K::DEPTH) / K::PAIR),
+          v_depth(up(c.v_dim, K::PAIR * K::DEPTH) / K::PAIR),
           capped(c.softcap != NO_SOFTCAP) {
-        own_keys = a.template take<E>(PACKED ? segment * c.dim : 0);
-        own_values = a.template take<E>(PACKED ? segment * c.v_dim : 0);
+        own_keys = a.template take<A>(PACKED ? segment * depth : 0);
+        own_values = a.template take<A>(PACKED ? segment * v_depth : 0);
+        keys_across = a.template take<A>(IN_TILES ? segment / GRAD_BLOCK * c.dim * KEY_PAIRS : 0);
         dk = a.template take<E>(segment * dims * W);
         dv = a.template take<E>(segment * v_dims * W);
-        lanes.lay_out_queries(c.dim, a);
+        lanes.lay_out_queries(depth, a);
         q = a.template take<E>(N * dims * W);
         dout = a.template take<E>(N * v_dims * W);
-        dout_columns = a.template take<E>(c.v_dim * N);
+        dout_columns = a.template take<A>(v_depth * N);
+        q_pairs = a.template take<A>(IN_TILES ? ROW_PAIRS * dims * W : 0);
+        dout_pairs = a.template take<A>(IN_TILES ? ROW_PAIRS * v_dims * W : 0);
         clean_q = a.template take<E>(N * dims * W);
         clean_dout = a.template take<E>(N * v_dims * W);
         dq = a.template take<E>(c.dim * N);
@@ -105,7 +123,10 @@ struct Replay {
         p = a.template take<E>(c.block_k * N);
         ds = a.template take<E>(c.block_k * N);
         before_bias = a.template take<E>(capped ? c.block_k * N : 0);
-        clean_keys = a.template take<E>(up(c.block_k * c.dim, W));
+        clean_keys = a.template take<E>(IN_TILES ? 0 : c.block_k * c.dim);
+        p_halves = a.template take<A>(IN_TILES ? c.block_k * 2 * ROW_PAIRS : 0);
+        ds_halves = a.template take<A>(IN_TILES ? c.block_k * 2 * ROW_PAIRS : 0);
+        ds_pairs = a.template take<A>(IN_TILES ? 2 * KEY_PAIRS * N : 0);
         seen = a.template take<uint8_t>(c.block_k * N);
     }
 
@@ -117,7 +138,13 @@ struct Replay {
         const int64_t n = most(s1 - s0, 0);
         const T* k = static_cast<const T*>(u.k) + s0 * c.k.row;
         const T* v = static_cast<const T*>(u.v) + s0 * c.v.row;
-        if constexpr (PACKED) {
+        if constexpr (IN_TILES) {
+            copy_rows(k, c.k.row, c.k.col, n, c.dim, reinterpret_cast<BFloat*>(own_keys), 2 * depth);
+            copy_rows(v, c.v.row, c.v.col, n, c.v_dim, reinterpret_cast<BFloat*>(own_values), 2 * v_depth);
+            keys = {own_keys, depth, 1}, values = {own_values, v_depth, 1};
+            memset(p_halves, 0, size_t(c.block_k * 2 * ROW_PAIRS) * sizeof(A));
+            memset(ds_halves, 0, size_t(c.block_k * 2 * ROW_PAIRS) * sizeof(A));
+        } else if constexpr (PACKED) {
             widen_rows<T, E>(k, c.k.row, c.k.col, n, c.dim, own_keys, c.dim);
             widen_rows<T, E>(v, c.v.row, c.v.col, n, c.v_dim, own_values, c.v_dim);
             keys = {own_keys, c.dim, 1}, values = {own_values, c.v_dim, 1};
@@ -127,10 +154,16 @@ struct Replay {
         memset(dk, 0, size_t(n * dims * W) * sizeof(E));
         memset(dv, 0, size_t(n * v_dims * W) * sizeof(E));
         for (int64_t j = 0; j < n; j += c.block_k) {
-            const int64_t count = least(c.block_k, n - j);
-            const Source<E> ks = keys.from(j, 0), vs = values.from(j, 0);
-            odd_keys[j / c.block_k] = !all_finite_at(ks.at, ks.row, ks.step, count, c.dim) ||
-                                      !all_finite_at(vs.at, vs.row, vs.step, count, c.v_dim);
+            const int64_t count = least(c.block_k, n - j), number = j / c.block_k;
+            odd_keys[number] = !finite_rows<E>(k + j * c.k.row, c.k.row, c.k.col, count, c.dim) ||
+                               !finite_rows<E>(v + j * c.v.row, c.v.row, c.v.col, count, c.v_dim);
+            if constexpr (IN_TILES) {
+                A* const across = keys_across + number * c.dim * KEY_PAIRS;
+                pack_value_pairs(k + j * c.k.row, c.k.row, c.k.col, count, c.dim, across, KEY_PAIRS);
+                for (int64_t x = 0; x < c.dim * KEY_PAIRS && odd_keys[number]; x++)
+                    across[x] &= ((across[x] & 0x7f80u) == 0x7f80u ? 0xffff0000u : ~0u) &
+                                 ((across[x] & 0x7f800000u) == 0x7f800000u ? 0xffffu : ~0u);
+            }
         }
     }
 
@@ -158,10 +191,13 @@ struct Replay {
 
     void open_tile(int64_t r0, int64_t rows) {
         const T* const douts = static_cast<const T*>(to.dout);
-        lanes.open(c, u, r0, rows, c.dim);
+        lanes.open(c, u, r0, rows, depth);
         pack_rows<T, E>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, dims * W, q);
         pack_rows<T, E>(douts, g.dout, c.group, r0, rows, c.v_dim, v_dims * W, dout);
-        pack_columns<T, E, N>(douts, g.dout, c.group, r0, rows, c.v_dim, dout_columns);
+        if constexpr (IN_TILES)
+            pack_column_pairs<N>(douts, g.dout, c.group, r0, rows, c.v_dim, v_depth, dout_columns);
+        else
+            pack_columns<T, E, N>(douts, g.dout, c.group, r0, rows, c.v_dim, dout_columns);
         odd = !all_finite(q, rows * dims * W) || !all_finite(dout, rows * v_dims * W);
         Row row(r0, c.group);
         for (int64_t r = 0; r < rows; r++, row.next()) {
@@ -177,13 +213,27 @@ struct Replay {
             clean(q, rows * dims * W, clean_q);
             clean(dout, rows * v_dims * W, clean_dout);
         }
+        if constexpr (IN_TILES) {
+            pair_rows(odd ? clean_q : q, dims * W, q_pairs);
+            pair_rows(odd ? clean_dout : dout, v_dims * W, dout_pairs);
+        }
         memset(dq, 0, size_t(c.dim * N) * sizeof(E));
+    }
+    // Rows of bf16 numbers as pairs of neighbours, [ROW_PAIRS][pitch]; rows that do not exist are 0.
+    void pair_rows(const E* x, int64_t pitch, A* pairs) const {
+        for (int64_t r = 0; r < 2 * ROW_PAIRS; r += 2, pairs += pitch)
+            for (int64_t d = 0; d < pitch; d += W) {
+                Vec<A> pair{};
+                if (r < lanes.rows) pair = bits_as<Vec<A>>(load(x + r * pitch + d)) >> 16;
+                if (r + 1 < lanes.rows) pair |= bits_as<Vec<A>>(load(x + (r + 1) * pitch + d));
+                store(pairs + d, pair);
+            }
     }
     // What a row that sees no key holds does not matter.
     void clear(int64_t r) {
         memset(q + r * dims * W, 0, size_t(dims * W) * sizeof(E));
         memset(dout + r * v_dims * W, 0, size_t(v_dims * W) * sizeof(E));
-        for (int64_t d = 0; d < c.v_dim; d++) dout_columns[d * N + r] = 0;
+        for (int64_t d = 0; d < v_depth; d++) dout_columns[d * N + r] = 0;
     }
     E output_times_dout(int64_t r, const Row& row) const {
         const T* const out = static_cast<const T*>(u.out) + row.at(c.out);
@@ -238,11 +288,12 @@ struct Replay {
         const Kind kind = lanes.sight.kind(c, u, lanes.r0, lanes.rows, j0, j1);
         if (kind == Kind::EMPTY) return;
         const int64_t n = j1 - j0, first = j0 - s0;
-        const bool hides = kind == Kind::EDGE || u.bias;
+        // In tiles what is not finite has been taken out already.
+        const bool hides = kind == Kind::EDGE || u.bias || IN_TILES;
         const bool careful = hides && (odd || odd_keys[(k0 - s0) / c.block_k]);
         Vec<E> top[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = Vec<E>{}; });
-        lanes.score(c, u, keys.from(k0 - s0, 0), c.dim, k0, j0, j1, kind, p, top,
+        lanes.score(c, u, keys.from(k0 - s0, 0), depth, k0, j0, j1, kind, p, top,
                     capped ? before_bias : nullptr);
         weights(n);
         if (careful) {
@@ -253,11 +304,14 @@ struct Replay {
         if (careful) hide(ds, n);
         if (to.dbias) add_bias(j0, n);
         if (capped) chain_softcap(n);
-        if (careful) {
+        if constexpr (IN_TILES) {
+            reduce_in_tiles(k0 - s0, first, n);
+        } else if (careful) {
             reduce_carefully(first, n);
-            return;
+        } else {
+            reduce(keys.from(first, 0), q, dout, first, n);
         }
-        reduce(keys.from(first, 0), q, dout, first, n);
+        if (careful) add_odd(first, n);
     }
 
     void weights(int64_t n) const {
@@ -284,7 +338,7 @@ struct Replay {
                 });
             });
         };
-        product<K, NR>(values.from(first, 0), dout_columns, c.v_dim, 0, n, take);
+        product<K, NR>(values.from(first, 0), dout_columns, v_depth, 0, n, take);
     }
 
     void chain_softcap(int64_t n) const {
@@ -321,22 +375,76 @@ struct Replay {
         }
     }
 
-    // The three sums: over keys into dq, over rows into dk and dv.
-    void reduce(Source<E> ks, const E* qs, const E* douts, int64_t first, int64_t n) {
-        E* const sum = dq;
-        const auto add = [=](int64_t d, auto& acc) TILEFOLD_LAMBDA {
-            constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
+    // Rows of a product, added to those of `sum`.
+    struct Add {
+        E* sum;
+        template <int MR>
+        TILEFOLD_INLINE void operator()(int64_t d, Vec<E> (&acc)[MR][NR]) const {
             each<MR>([&](auto r) TILEFOLD_LAMBDA {
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
                     E* const at = sum + (d + r) * N + i * W;
                     store(at, load(at) + acc[r][i]);
                 });
             });
-        };
-        product<K, NR>(Source<E>{ks.at, ks.step, ks.row}, ds, n, 0, c.dim, add);
+        }
+    };
+
+    // The three sums: over keys into dq, over rows into dk and dv.
+    void reduce(Source<A> ks, const E* qs, const E* douts, int64_t first, int64_t n) {
+        product<K, NR>(Source<E>{ks.at, ks.step, ks.row}, ds, n, 0, c.dim, Add{dq});
         add_product<K>(Source<E>{p, N, 1}, douts, lanes.rows, 0, n, v_dims, dv + first * v_dims * W);
         add_product<K>(Source<E>{ds, N, 1}, qs, lanes.rows, 0, n, dims, dk + first * dims * W);
     }
+
+    void reduce_in_tiles([[maybe_unused]] int64_t block, [[maybe_unused]] int64_t first,
+                         [[maybe_unused]] int64_t n) {
+#ifdef TILEFOLD_HAS_TILES
+        if constexpr (IN_TILES) {
+            halve(n);
+            const A* const across = keys_across + block / c.block_k * c.dim * KEY_PAIRS + (first - block) / 2;
+            product<K, NR>(Source<A>{across, KEY_PAIRS, 1}, ds_pairs, up(n, 32) / 2, 0, c.dim, Add{dq}, N,
+                           Halves{0, KEY_PAIRS * N});
+            add_product<K>(Source<A>{p_halves, 2 * ROW_PAIRS, 1}, dout_pairs, ROW_PAIRS, 0, n, v_dims,
+                           dv + first * v_dims * W, ROW_PAIRS);
+            add_product<K>(Source<A>{ds_halves, 2 * ROW_PAIRS, 1}, q_pairs, ROW_PAIRS, 0, n, dims,
+                           dk + first * dims * W, ROW_PAIRS);
+        }
+#endif
+    }
+#ifdef TILEFOLD_HAS_TILES
+    // P and dS as sums of two bf16 numbers: by rows of keys, and dS by pairs of keys too.
+    void halve(int64_t n) {
+        if (lanes.rows < N) clear_padding(n);
+        if (n % 2) memset(ds + n * N, 0, size_t(N) * sizeof(E));
+        memset(ds_pairs + up(n, 2) / 2 * N, 0, size_t((up(n, 32) - up(n, 2)) / 2 * N) * sizeof(A));
+        memset(ds_pairs + (KEY_PAIRS + up(n, 2) / 2) * N, 0,
+               size_t((up(n, 32) - up(n, 2)) / 2 * N) * sizeof(A));
+        for (int64_t j = 0; j < n; j += 2)
+            each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                halves_of(p, p_halves, j, i);
+                if (j + 1 < n) halves_of(p, p_halves, j + 1, i);
+                const Half2 even = halves_of(ds, ds_halves, j, i),
+                            odd_one = halves_of(ds, ds_halves, j + 1, i);
+                A* const to_pairs = ds_pairs + j / 2 * N + i * W;
+                store(to_pairs, bits_as<U32>(even.high) >> 16 | bits_as<U32>(odd_one.high));
+                store(to_pairs + KEY_PAIRS * N, bits_as<U32>(even.low) >> 16 | bits_as<U32>(odd_one.low));
+            });
+    }
+    struct Half2 {
+        F32 high, low;
+    };
+    TILEFOLD_INLINE Half2 halves_of(const E* from, A* halves, int64_t j, int i) const {
+        const F32 x = load(from + j * N + i * W);
+        BFloat* const at = reinterpret_cast<BFloat*>(halves + j * 2 * ROW_PAIRS) + i * W;
+        const F32 high = narrowed(at, x);
+        const F32 low = narrowed(at + 2 * ROW_PAIRS, select<E>(x == high, F32{}, x - high));
+        return {high, low};
+    }
+    void clear_padding(int64_t n) {
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t r = lanes.rows; r < N; r++) p[j * N + r] = ds[j * N + r] = 0;
+    }
+#endif
 
     // ---- a block in which something is hidden and something is not finite ----
 
@@ -346,26 +454,29 @@ struct Replay {
     }
 
     void reduce_carefully(int64_t first, int64_t n) {
-        const Source<E> ks = keys.from(first, 0);
+        const Source<A> ks = keys.from(first, 0);
         for (int64_t j = 0; j < n; j++)
             for (int64_t d = 0; d < c.dim; d++) {
                 const E x = ks.at[j * ks.row + d * ks.step];
                 clean_keys[j * c.dim + d] = x - x == 0 ? x : E(0);
             }
         reduce({clean_keys, c.dim, 1}, odd ? clean_q : q, odd ? clean_dout : dout, first, n);
+    }
+    void add_odd(int64_t first, int64_t n) {
         const int64_t rows = lanes.rows;
+        const T* const k = static_cast<const T*>(u.k) + (s0 + first) * c.k.row;
         for (int64_t j = 0; j < n; j++)
             for (int64_t d = 0; d < c.dim; d++) {
-                const E x = ks.at[j * ks.row + d * ks.step];
+                const E x = one(k[j * c.k.row + d * c.k.col]);
                 if (x - x == 0) continue;
                 for (int64_t r = 0; r < rows; r++)
                     if (seen[j * N + r]) dq[d * N + r] += ds[j * N + r] * x;
             }
         if (!odd) return;
-        add_odd(q, dims, c.dim, ds, dk + first * dims * W, n);
-        add_odd(dout, v_dims, c.v_dim, p, dv + first * v_dims * W, n);
+        add_odd_rows(q, dims, c.dim, ds, dk + first * dims * W, n);
+        add_odd_rows(dout, v_dims, c.v_dim, p, dv + first * v_dims * W, n);
     }
-    void add_odd(const E* rows, int64_t vectors, int64_t width, const E* by, E* sum, int64_t n) const {
+    void add_odd_rows(const E* rows, int64_t vectors, int64_t width, const E* by, E* sum, int64_t n) const {
         for (int64_t r = 0; r < lanes.rows; r++)
             for (int64_t d = 0; d < width; d++) {
                 const E x = rows[r * vectors * W + d];
@@ -395,7 +506,7 @@ struct Replay {
             if (number < first || number > last) continue;
             const int64_t j0 = most(s0, lanes.sight.first), j1 = least(s1, lanes.sight.last);
             for (int64_t k0 = s0 + (j0 - s0) / c.block_k * c.block_k; k0 < j1; k0 += c.block_k)
-                block(k0, most(k0, j0), least(k0 + c.block_k, j1));
+                block(k0, most(k0, j0 / K::KEYS * K::KEYS), least(k0 + c.block_k, j1));
             hand_over(tile, number, first, last);
         }
         close_segment();
@@ -406,6 +517,13 @@ template <class K, class T>
 void replay_gradient(const Call& c, const Unit& u, const GradCall& g, const GradUnit& to,
                      const GradPiece& piece, Worker& w) {
     Arena a{w.scratch};
+#ifdef TILEFOLD_HAS_TILES
+    if constexpr (K::IN_TILES) {
+        const TileRegisters ours;
+        Replay<K, T>(c, u, g, to, w, a).run(piece);
+        return;
+    }
+#endif
     Replay<K, T>(c, u, g, to, w, a).run(piece);
 }
 

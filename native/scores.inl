@@ -277,7 +277,7 @@ struct Lanes {
             pack_columns<T, E, N>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, queries);
 #ifdef TILEFOLD_HAS_DOT2
         else
-            pack_query_pairs<N>(c, u, r0, rows, depth, queries);
+            pack_column_pairs<N>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, depth, queries);
 #endif
     }
 

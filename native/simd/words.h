@@ -220,6 +220,7 @@ TILEFOLD_INLINE void narrow(Half* p, F32 x) {
 }
 #endif
 TILEFOLD_INLINE F32 widen(const BFloat* p) { return bits_as<F32>(bits_as<U32>(spread(p)) << 16); }
+#ifndef TILEFOLD_HAS_NARROW
 TILEFOLD_INLINE void narrow(BFloat* p, F32 x) {
     typedef uint16_t Short __attribute__((vector_size(BYTES / 2)));
     const U32 u = bits_as<U32>(x);
@@ -227,6 +228,7 @@ TILEFOLD_INLINE void narrow(BFloat* p, F32 x) {
     const Short raw = __builtin_convertvector((x != x) ? quiet : rounded, Short);
     memcpy(p, &raw, sizeof raw);
 }
+#endif
 TILEFOLD_INLINE F32 widen(const float* p) { return load(p); }
 TILEFOLD_INLINE F64 widen(const double* p) { return load(p); }
 TILEFOLD_INLINE void narrow(float* p, F32 x) { store(p, x); }
