@@ -60,22 +60,33 @@ struct Halves {
         _tile_loadd(7, b + 32, pitch * 4);                           \
         _tile_dpbf16ps(c2, 6, 7);                                    \
     }
-#define TILEFOLD_STORE(c, row, lane) _tile_stored(c, to + (row) * NR * 16 + (lane), NR * 64)
+#define TILEFOLD_EACH(DO)                                  \
+    DO(0, 0, 0);                                           \
+    if constexpr (NR > 1) DO(1, 0, 16);                    \
+    if constexpr (NR > 2) DO(2, 0, 32);                    \
+    if constexpr (ROWS == Rows16::TWO) {                   \
+        DO(3, 16, 0);                                      \
+        if constexpr (NR > 1) DO(4, 16, 16);               \
+        if constexpr (NR > 2) DO(5, 16, 32);               \
+    }
+#define TILEFOLD_ZERO(c, row, lane) _tile_zero(c)
+#define TILEFOLD_LOAD(c, row, lane) _tile_loadd(c, to + (row) * to_pitch + (lane), to_pitch * 4)
+#define TILEFOLD_STORE(c, row, lane) _tile_stored(c, to + (row) * to_pitch + (lane), to_pitch * 4)
 
-// ROWS rows of A · B to `to`, [rows][NR · 16]: 32, 16, or fewer, of which `few` exist and nothing beyond is
-// read.
+// ROWS rows of A · B to `to`, or added to what is there: 32, 16, or fewer, of which `few` exist and nothing
+// beyond is read.
 enum class Rows16 { TWO, ONE, FEW };
-template <int NR, Rows16 ROWS>
+template <int NR, Rows16 ROWS, bool ADD = false>
 TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_t* b, int64_t depth,
-                                  float* to, int64_t pitch = NR * 16, Halves halves = {}) {
+                                  float* to, int64_t pitch = NR * 16, Halves halves = {},
+                                  int64_t to_pitch = NR * 16) {
     alignas(64) uint32_t part[16 * 16];
     settle_memory();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
+    if constexpr (ADD) {
+        TILEFOLD_EACH(TILEFOLD_LOAD)
+    } else {
+        TILEFOLD_EACH(TILEFOLD_ZERO)
+    }
     const uint32_t* const begin = b;
     for (int64_t n = 0; n < (halves.a || halves.b ? 2 : 1); n++) {
         b = begin + n * halves.b;
@@ -95,16 +106,13 @@ TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_
             }
         }
     }
-    TILEFOLD_STORE(0, 0, 0);
-    if constexpr (NR > 1) TILEFOLD_STORE(1, 0, 16);
-    if constexpr (NR > 2) TILEFOLD_STORE(2, 0, 32);
-    if constexpr (ROWS == Rows16::TWO) {
-        TILEFOLD_STORE(3, 16, 0);
-        if constexpr (NR > 1) TILEFOLD_STORE(4, 16, 16);
-        if constexpr (NR > 2) TILEFOLD_STORE(5, 16, 32);
-    }
+    TILEFOLD_EACH(TILEFOLD_STORE)
+    if constexpr (ADD) settle_memory();
 }
 #undef TILEFOLD_ROW
+#undef TILEFOLD_EACH
+#undef TILEFOLD_ZERO
+#undef TILEFOLD_LOAD
 #undef TILEFOLD_STORE
 
 template <class K, int NR, class Take>
@@ -141,7 +149,8 @@ TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t dept
     }
 }
 
-// The same as in product.inl; numbers of A are sums of halves.
+// C += A · B for rows r0 … r1, a multiple of 16, where B and C have `vectors` vectors to a row and each
+// number of A has a lower half.
 template <class K>
     requires(K::IN_TILES)
 void add_product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
@@ -149,16 +158,13 @@ void add_product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r
     const int64_t pitch = vectors * 16;
     each_group(vectors, [&](auto nr) TILEFOLD_LAMBDA {
         constexpr int NR = nr;
-        const auto add = [=](int64_t r, auto& acc) TILEFOLD_LAMBDA {
-            constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
-            each<MR>([&](auto x) TILEFOLD_LAMBDA {
-                each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    float* const at = c + (r + x) * pitch + i * 16;
-                    store(at, load(at) + acc[x][i]);
-                });
-            });
-        };
-        product<K, NR>(a, b, depth, r0, r1, add, pitch, Halves{lower, 0});
+        int64_t r = r0;
+        for (; r + 32 <= r1; r += 32)
+            tile_product<NR, Rows16::TWO, true>(a.from(r, 0), 0, b, depth, c + r * pitch, pitch, {lower, 0},
+                                                pitch);
+        if (r < r1)
+            tile_product<NR, Rows16::ONE, true>(a.from(r, 0), 0, b, depth, c + r * pitch, pitch, {lower, 0},
+                                                pitch);
         b += NR * 16;
         c += NR * 16;
     });

@@ -404,9 +404,9 @@ struct Replay {
             const A* const across = keys_across + block / c.block_k * c.dim * KEY_PAIRS + (first - block) / 2;
             product<K, NR>(Source<A>{across, KEY_PAIRS, 1}, ds_pairs, up(n, 32) / 2, 0, c.dim, Add{dq}, N,
                            Halves{0, KEY_PAIRS * N});
-            add_product<K>(Source<A>{p_halves, 2 * ROW_PAIRS, 1}, dout_pairs, ROW_PAIRS, 0, n, v_dims,
+            add_product<K>(Source<A>{p_halves, 2 * ROW_PAIRS, 1}, dout_pairs, ROW_PAIRS, 0, up(n, 16), v_dims,
                            dv + first * v_dims * W, ROW_PAIRS);
-            add_product<K>(Source<A>{ds_halves, 2 * ROW_PAIRS, 1}, q_pairs, ROW_PAIRS, 0, n, dims,
+            add_product<K>(Source<A>{ds_halves, 2 * ROW_PAIRS, 1}, q_pairs, ROW_PAIRS, 0, up(n, 16), dims,
                            dk + first * dims * W, ROW_PAIRS);
         }
 #endif
@@ -416,6 +416,9 @@ struct Replay {
     void halve(int64_t n) {
         if (lanes.rows < N) clear_padding(n);
         if (n % 2) memset(ds + n * N, 0, size_t(N) * sizeof(E));
+        const size_t rest = size_t((up(n, 16) - n) * 2 * ROW_PAIRS) * sizeof(A);
+        memset(p_halves + n * 2 * ROW_PAIRS, 0, rest);
+        memset(ds_halves + n * 2 * ROW_PAIRS, 0, rest);
         memset(ds_pairs + up(n, 2) / 2 * N, 0, size_t((up(n, 32) - up(n, 2)) / 2 * N) * sizeof(A));
         memset(ds_pairs + (KEY_PAIRS + up(n, 2) / 2) * N, 0,
                size_t((up(n, 32) - up(n, 2)) / 2 * N) * sizeof(A));
