@@ -15,7 +15,7 @@ installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
 build test: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test selftest emulate lint bench clean
+.PHONY: help build demo test support selftest emulate lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,9 @@ demo: $(call installed,demo) .venv/installed/model ## Run the example on real se
 
 test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core is an error.
 	$(python) -m pytest
+
+support: $(call installed,test) ## Find out what works where; writes docs/support.md.
+	$(python) tests/support.py docs/support.md
 
 selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined under sanitizers.
 	.venv/bin/cmake -S . -B build/selftest$(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \

@@ -217,12 +217,12 @@ class Case:
         k[~anyone] = np.nan
         v[~anyone] = np.inf
 
-    def replay(self) -> Report:
-        """Run the case forward and backward against the oracle."""
+    def replay(self, backend: str = "auto", gradients: bool = True) -> Report:
+        """Run the case forward, and backward unless told otherwise, against the oracle."""
         a, report = self.build(), Report(self.text)
         b, acc = a.nudged(ROWS[self.dtype].accumulate), ROWS[self.dtype].accumulate
         wide = reference_type(acc)
-        out, lse = attention(a.q, a.k, a.v, **a.options, return_lse=True)
+        out, lse = attention(a.q, a.k, a.v, **a.options, return_lse=True, backend=backend)
         right = naive(a.q, a.k, a.v, **a.options, dtype=wide)
         plain = naive(a.q, a.k, a.v, **a.options, dtype=acc)
         moved = naive(b.q, b.k, b.v, **b.options, dtype=wide)
@@ -231,7 +231,9 @@ class Case:
         for i, (name, mine, dtype) in enumerate((("out", out, self.dtype), ("lse", lse, acc))):
             weights = rounded[0] if rounded is not None and name == "out" else None
             report.errors.append(judge(name, mine, (plain[i], moved[i]), right[i], dtype, weights))
-        got = attention_grad(a.q, a.k, a.v, out, lse, a.dout, a.dlse, **a.options)
+        if not gradients:
+            return report
+        got = attention_grad(a.q, a.k, a.v, out, lse, a.dout, a.dlse, **a.options, backend=backend)
         right_g = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=wide)
         plain_g = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=acc, saved=(out, lse))
         moved_g = naive_grad(b.q, b.k, b.v, b.dout, b.dlse, **b.options, dtype=wide)
