@@ -43,11 +43,6 @@ struct SubnormalsAreZero {
     ~SubnormalsAreZero() { _mm_setcsr(before); }
 };
 
-// Where the lower halves of numbers lie that are sums of two of bf16, in A or in B; 0 where there are none.
-struct Halves {
-    int64_t a = 0, b = 0;
-};
-
 // Tile registers are named by literals, so a step of depth is written out for each width.
 #define TILEFOLD_ROW(c0, c1, c2)                                     \
     _tile_loadd(7, b, pitch * 4);                                    \
@@ -74,11 +69,11 @@ struct Halves {
 #define TILEFOLD_STORE(c, row, lane) _tile_stored(c, to + (row) * to_pitch + (lane), to_pitch * 4)
 
 // ROWS rows of A · B to `to`, or added to what is there: 32, 16, or fewer, of which `few` exist and nothing
-// beyond is read.
+// beyond is read. Numbers of B may be sums of two, the second ones `lower` elements on.
 enum class Rows16 { TWO, ONE, FEW };
 template <int NR, Rows16 ROWS, bool ADD = false>
 TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_t* b, int64_t depth,
-                                  float* to, int64_t pitch = NR * 16, Halves halves = {},
+                                  float* to, int64_t pitch = NR * 16, int64_t lower = 0,
                                   int64_t to_pitch = NR * 16) {
     alignas(64) uint32_t part[16 * 16];
     settle_memory();
@@ -88,9 +83,9 @@ TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_
         TILEFOLD_EACH(TILEFOLD_ZERO)
     }
     const uint32_t* const begin = b;
-    for (int64_t n = 0; n < (halves.a || halves.b ? 2 : 1); n++) {
-        b = begin + n * halves.b;
-        const uint32_t *a0 = a.at + n * halves.a, *a1 = a0 + 16 * a.row;
+    for (int64_t n = 0; n < (lower ? 2 : 1); n++) {
+        b = begin + n * lower;
+        const uint32_t *a0 = a.at, *a1 = a0 + 16 * a.row;
         for (int64_t k = 0; k < depth; k += 16, a0 += 16, a1 += 16, b += 16 * pitch) {
             if constexpr (ROWS == Rows16::FEW) {
                 for (int64_t x = 0; x < few; x++) memcpy(part + x * 16, a0 + x * a.row, 64);
@@ -118,19 +113,19 @@ TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_
 template <class K, int NR, class Take>
     requires(K::IN_TILES)
 TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
-                             Take&& take, int64_t pitch = NR * 16, Halves halves = {}) {
+                             Take&& take, int64_t pitch = NR * 16, int64_t lower = 0) {
     alignas(64) float c[32 * NR * 16];
     depth = up(depth, K::DEPTH);
     for (int64_t r = r0; r < r1;) {
         int64_t rows = 32;
         if (r1 - r >= 32) {
-            tile_product<NR, Rows16::TWO>(a.from(r, 0), 0, b, depth, c, pitch, halves);
+            tile_product<NR, Rows16::TWO>(a.from(r, 0), 0, b, depth, c, pitch, lower);
         } else if (r1 - r >= 16) {
-            tile_product<NR, Rows16::ONE>(a.from(r, 0), 0, b, depth, c, pitch, halves);
+            tile_product<NR, Rows16::ONE>(a.from(r, 0), 0, b, depth, c, pitch, lower);
             rows = 16;
         } else {
             rows = r1 - r;
-            tile_product<NR, Rows16::FEW>(a.from(r, 0), rows, b, depth, c, pitch, halves);
+            tile_product<NR, Rows16::FEW>(a.from(r, 0), rows, b, depth, c, pitch, lower);
         }
         int64_t x = 0;
         for (; x + STRIP <= rows; x += STRIP) {
@@ -154,17 +149,15 @@ TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t dept
 template <class K>
     requires(K::IN_TILES)
 void add_product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
-                 int64_t vectors, float* c, int64_t lower) {
+                 int64_t vectors, float* c) {
     const int64_t pitch = vectors * 16;
     each_group(vectors, [&](auto nr) TILEFOLD_LAMBDA {
         constexpr int NR = nr;
         int64_t r = r0;
         for (; r + 32 <= r1; r += 32)
-            tile_product<NR, Rows16::TWO, true>(a.from(r, 0), 0, b, depth, c + r * pitch, pitch, {lower, 0},
-                                                pitch);
+            tile_product<NR, Rows16::TWO, true>(a.from(r, 0), 0, b, depth, c + r * pitch, pitch, 0, pitch);
         if (r < r1)
-            tile_product<NR, Rows16::ONE, true>(a.from(r, 0), 0, b, depth, c + r * pitch, pitch, {lower, 0},
-                                                pitch);
+            tile_product<NR, Rows16::ONE, true>(a.from(r, 0), 0, b, depth, c + r * pitch, pitch, 0, pitch);
         b += NR * 16;
         c += NR * 16;
     });

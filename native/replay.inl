@@ -57,9 +57,9 @@ struct Replay {
     using A = typename K::A;
     static constexpr int NR = WIDEST, W = LANES<E>, N = NR * W;
     static constexpr bool PACKED = !__is_same(T, E), IN_TILES = K::IN_TILES;
-    static_assert(K::PAIR == 1 || IN_TILES);
+    static_assert(K::PAIR == 1 || (IN_TILES && N % 16 == 0));  // a row and its lower halves: whole tiles
     // In tiles, pairs: of a block's keys, and of a tile's rows.
-    static constexpr int64_t KEY_PAIRS = GRAD_BLOCK / 2, ROW_PAIRS = (N + 31) / 32 * 16;
+    static constexpr int64_t KEY_PAIRS = GRAD_BLOCK / 2, ROW_PAIRS = N / 2;
 
     const Call& c;
     const Unit& u;
@@ -79,10 +79,10 @@ struct Replay {
     bool odd_keys[8];            // per block: a key or value that is not finite
     // Of the tile.
     Lanes<K, T, NR> lanes;
-    E *q, *dout;                    // [N][dims · W], [N][v_dims · W]
-    A* dout_columns;                // [v_depth][N]
-    A *q_pairs, *dout_pairs;        // in tiles: [ROW_PAIRS][dims · W] and so on, without what is not finite
-    E *clean_q, *clean_dout;        // without what is not finite
+    E *q, *dout;              // [N][dims · W], [N][v_dims · W]
+    A* dout_columns;          // [v_depth][N]
+    A *q_pairs, *dout_pairs;  // in tiles: [2][ROW_PAIRS][dims · W] and so on, without what is not finite
+    E *clean_q, *clean_dout;  // without what is not finite
     E *dq, *delta, *shift, *scale;  // [dim][N], [N] …
     bool odd;                       // something of the tile is not finite
     // Of the block.
@@ -112,8 +112,8 @@ struct Replay {
         q = a.template take<E>(N * dims * W);
         dout = a.template take<E>(N * v_dims * W);
         dout_columns = a.template take<A>(v_depth * N);
-        q_pairs = a.template take<A>(IN_TILES ? ROW_PAIRS * dims * W : 0);
-        dout_pairs = a.template take<A>(IN_TILES ? ROW_PAIRS * v_dims * W : 0);
+        q_pairs = a.template take<A>(IN_TILES ? 2 * ROW_PAIRS * dims * W : 0);
+        dout_pairs = a.template take<A>(IN_TILES ? 2 * ROW_PAIRS * v_dims * W : 0);
         clean_q = a.template take<E>(N * dims * W);
         clean_dout = a.template take<E>(N * v_dims * W);
         dq = a.template take<E>(c.dim * N);
@@ -219,14 +219,17 @@ struct Replay {
         }
         memset(dq, 0, size_t(c.dim * N) * sizeof(E));
     }
-    // Rows of bf16 numbers as pairs of neighbours, [ROW_PAIRS][pitch]; rows that do not exist are 0.
+    // Rows of bf16 numbers as pairs of neighbours, [ROW_PAIRS][pitch], twice: for the halves of what they are
+    // multiplied with. Rows that do not exist are 0.
     void pair_rows(const E* x, int64_t pitch, A* pairs) const {
+        const int64_t again = ROW_PAIRS * pitch;
         for (int64_t r = 0; r < 2 * ROW_PAIRS; r += 2, pairs += pitch)
             for (int64_t d = 0; d < pitch; d += W) {
                 Vec<A> pair{};
                 if (r < lanes.rows) pair = bits_as<Vec<A>>(load(x + r * pitch + d)) >> 16;
                 if (r + 1 < lanes.rows) pair |= bits_as<Vec<A>>(load(x + (r + 1) * pitch + d));
                 store(pairs + d, pair);
+                store(pairs + again + d, pair);
             }
     }
     // What a row that sees no key holds does not matter.
@@ -403,11 +406,12 @@ struct Replay {
             halve(n);
             const A* const across = keys_across + block / c.block_k * c.dim * KEY_PAIRS + (first - block) / 2;
             product<K, NR>(Source<A>{across, KEY_PAIRS, 1}, ds_pairs, up(n, 32) / 2, 0, c.dim, Add{dq}, N,
-                           Halves{0, KEY_PAIRS * N});
-            add_product<K>(Source<A>{p_halves, 2 * ROW_PAIRS, 1}, dout_pairs, ROW_PAIRS, 0, up(n, 16), v_dims,
-                           dv + first * v_dims * W, ROW_PAIRS);
-            add_product<K>(Source<A>{ds_halves, 2 * ROW_PAIRS, 1}, q_pairs, ROW_PAIRS, 0, up(n, 16), dims,
-                           dk + first * dims * W, ROW_PAIRS);
+                           KEY_PAIRS * N);
+            const int64_t rows = up(n, 16), halves = 2 * ROW_PAIRS;
+            add_product<K>(Source<A>{p_halves, halves, 1}, dout_pairs, halves, 0, rows, v_dims,
+                           dv + first * v_dims * W);
+            add_product<K>(Source<A>{ds_halves, halves, 1}, q_pairs, halves, 0, rows, dims,
+                           dk + first * dims * W);
         }
 #endif
     }
@@ -440,7 +444,7 @@ struct Replay {
         const F32 x = load(from + j * N + i * W);
         BFloat* const at = reinterpret_cast<BFloat*>(halves + j * 2 * ROW_PAIRS) + i * W;
         const F32 high = narrowed(at, x);
-        const F32 low = narrowed(at + 2 * ROW_PAIRS, select<E>(x == high, F32{}, x - high));
+        const F32 low = narrowed(at + N, select<E>(x == high, F32{}, x - high));
         return {high, low};
     }
     void clear_padding(int64_t n) {
