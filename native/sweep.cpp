@@ -259,7 +259,7 @@ class Sweep {
     };
 
     void work(int worker) {
-        const FlushToZero flush{};
+        [[maybe_unused]] const FlushToZero flush{};
         Context context{this, worker};
         Worker w{scratch_ + worker * scratch_bytes_, &context,
                  [](void* x) {
