@@ -15,7 +15,7 @@ installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
 build test: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test support selftest emulate lint bench clean
+.PHONY: help build demo test support selftest emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,18 +31,33 @@ test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core i
 support: $(call installed,test) ## Find out what works where; writes docs/support.md.
 	$(python) tests/support.py docs/support.md
 
+# The self-test in a folder of its own: $(call built,folder,more options).
+define built
+	.venv/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DTILEFOLD_SELFTEST=ON $(2) --log-level=WARNING
+	.venv/bin/cmake --build $(1) -- --quiet
+endef
+
 selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined under sanitizers.
-	.venv/bin/cmake -S . -B build/selftest$(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DTILEFOLD_SELFTEST=ON -DTILEFOLD_SANITIZE=$(SANITIZE) --log-level=WARNING
-	.venv/bin/cmake --build build/selftest$(SANITIZE) -- --quiet
+	$(call built,build/selftest$(SANITIZE),-DTILEFOLD_SANITIZE=$(SANITIZE))
 	build/selftest$(SANITIZE)/selftest
 
-emulate: selftest ## The same as on processors without AVX-512 and without AVX2, where qemu-user is installed.
+emulate: selftest ## The same as without AVX-512, without AVX2 and on ARM, where qemu-user is installed.
 	@for cpu in Haswell Nehalem; do \
-	    if command -v qemu-x86_64 >/dev/null; then \
+	    if [ "$$(uname -m)" != x86_64 ]; then echo "as on $$cpu: skipped, this is no x86-64"; \
+	    elif command -v qemu-x86_64 >/dev/null; then \
 	        echo "as on $$cpu" && qemu-x86_64 -cpu $$cpu build/selftest$(SANITIZE)/selftest 4 2>/dev/null || exit 1; \
 	    else echo "as on $$cpu: skipped, there is no qemu-x86_64"; fi; \
 	done
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
+	    command -v $$tool >/dev/null || { echo "as on ARM: skipped, there is no $$tool"; exit; }; \
+	done; $(MAKE) --no-print-directory emulate-arm
+
+emulate-arm: .venv/installed/tools
+	$(call built,build/selftest-arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++)
+	@echo "as on ARM"
+	@qemu-aarch64 -L /usr/aarch64-linux-gnu build/selftest-arm/selftest 4
 
 lint: $(call installed,dev) ## Check style and types of the Python and C++ sources.
 	$(python) -m ruff check

@@ -35,8 +35,10 @@ enum Bit : unsigned {
     AMX = 1 << 10,
 };
 
+#if defined(__x86_64__)
 constexpr unsigned NEEDS_AVX2 = AVX2 | FMA | F16C;
 constexpr unsigned NEEDS_AVX512 = NEEDS_AVX2 | AVX512F | AVX512BW | AVX512DQ | AVX512VL;
+#endif
 
 constexpr Machine machines[] = {
 #if defined(__x86_64__)
@@ -44,6 +46,9 @@ constexpr Machine machines[] = {
     {"avx512_bf16", NEEDS_AVX512 | AVX512BF16, avx512_bf16::kernels},
     {"avx512", NEEDS_AVX512, avx512::kernels},
     {"avx2", NEEDS_AVX2, avx2::kernels},
+#endif
+#if defined(__aarch64__)
+    {"neon", NEON, neon::kernels},
 #endif
     {"scalar", 0, scalar::kernels},
 };

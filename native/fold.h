@@ -140,6 +140,9 @@ TILEFOLD_UNIT(avx512)
 TILEFOLD_UNIT(avx512_bf16)
 TILEFOLD_UNIT(avx512_amx)
 #endif
+#if defined(__aarch64__)
+TILEFOLD_UNIT(neon)
+#endif
 #undef TILEFOLD_UNIT
 
 }  // namespace tilefold

@@ -141,7 +141,7 @@ class Sweep : Sequences {
     }
 
     void work(int worker) {
-        const FlushToZero flush{};
+        [[maybe_unused]] const FlushToZero flush{};
         Line line{stop_, worker};
         Worker w = line.worker(scratch_ + worker * scratch_bytes_);
         while (!stop_.check(worker)) {

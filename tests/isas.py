@@ -10,7 +10,8 @@ import sys
 from functools import cache
 
 X86 = ("avx512_amx", "avx512_bf16", "avx512", "avx2") if platform.machine() in ("x86_64", "AMD64") else ()
-MACHINES = (*X86, "scalar")  # best first
+ARM = ("neon",) if platform.machine() in ("aarch64", "arm64", "ARM64") else ()
+MACHINES = (*X86, *ARM, "scalar")  # best first
 
 
 def python(isa: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #define TILEFOLD_BYTES 32
+#define TILEFOLD_REGISTERS 16
 #define TILEFOLD_HAS_ARITHMETIC
 #define TILEFOLD_HAS_ANY
 #define TILEFOLD_HAS_SPREAD

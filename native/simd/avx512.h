@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #define TILEFOLD_BYTES 64
+#define TILEFOLD_REGISTERS 32
 #define TILEFOLD_HAS_ARITHMETIC
 #define TILEFOLD_HAS_ANY
 #define TILEFOLD_HAS_SPREAD

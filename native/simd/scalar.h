@@ -2,6 +2,7 @@
 #pragma once
 
 #define TILEFOLD_BYTES 16
+#define TILEFOLD_REGISTERS 16
 #define TILEFOLD_UNFUSED
 
 #if defined(__SSE2__)

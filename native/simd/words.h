@@ -1,8 +1,9 @@
 // The vocabulary that the algorithms are written in, spelled with vector extensions so that it runs on any
-// machine. A machine's header says how wide a vector is (TILEFOLD_BYTES) and replaces the words that it has
-// in silicon. The fact to know: max(a, b) is b where either is NaN, so the operand that may be NaN goes first
-// to be dropped and last to be kept; and products are fused into sums only where the word fma stands
-// (-ffp-contract=off), since bits that depend on a compiler's mood could not be promised.
+// machine. A machine's header says how wide a vector is (TILEFOLD_BYTES) and how many there are
+// (TILEFOLD_REGISTERS), and replaces the words that it has in silicon. The fact to know: max(a, b) is b where
+// either is NaN, so the operand that may be NaN goes first to be dropped and last to be kept; and products
+// are fused into sums only where the word fma stands (-ffp-contract=off), since bits that depend on a
+// compiler's mood could not be promised.
 #pragma once
 
 #include <stdint.h>
@@ -149,6 +150,12 @@ template <class V>
 TILEFOLD_INLINE V max(V a, V b) {
     return a > b ? a : b;
 }
+#endif
+
+#ifndef TILEFOLD_HAS_BY_ELEMENT
+// The same with one number for all lanes of a.
+TILEFOLD_INLINE F32 fma(float a, F32 b, F32 c) { return fma(set<float>(a), b, c); }
+TILEFOLD_INLINE F64 fma(double a, F64 b, F64 c) { return fma(set<double>(a), b, c); }
 #endif
 
 #ifndef TILEFOLD_HAS_ANY

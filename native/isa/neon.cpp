@@ -1,0 +1,4 @@
+#define TILEFOLD_ISA neon
+#include "../simd/neon.h"
+
+#include "../unit.inl"
