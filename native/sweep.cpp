@@ -249,19 +249,20 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     const int64_t worth = threads_worth(2.0 * cells(p) * double(p.dim + p.v_dim));
     const int64_t most = std::min<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, worth);
     s.workers = std::clamp<int64_t>(most, 1, threads);
-    // Plans count rows per head: what comes back from one must be what was planned.
-    const int64_t group = std::max<int64_t>(1, p.heads / p.kv_heads);
-    s.tile_rows = ceil_div(s.tile_rows, group) * group;
     return resized(p, k, s);
 }
 
 Settings resized(const Problem& p, const Kernels& k, Settings s) {
     const int64_t group = std::max<int64_t>(1, p.heads / p.kv_heads),
                   rows = std::max<int64_t>(1, p.q_len * group);
-    s.tile_rows = std::clamp<int64_t>(s.tile_rows, 1, k.most_rows);
-    if (s.tile_rows > k.tile_rows)  // whole tiles, the nearest number of them
-        s.tile_rows = std::max<int64_t>(1, (s.tile_rows + k.tile_rows / 2) / k.tile_rows) * k.tile_rows;
-    s.tile_rows = std::min(s.tile_rows, up(rows, k.lanes));
+    // Plans count rows per head, rounded up: what comes back from one must be what was planned.
+    for (int64_t before = -1; before != s.tile_rows;) {
+        before = s.tile_rows;
+        s.tile_rows = std::clamp<int64_t>(up(before, group), 1, k.most_rows);
+        if (s.tile_rows > k.tile_rows)  // whole tiles, the nearest number of them
+            s.tile_rows = (s.tile_rows + k.tile_rows / 2) / k.tile_rows * k.tile_rows;
+        s.tile_rows = std::min(s.tile_rows, up(rows, k.lanes));
+    }
     s.block_k = std::clamp<int64_t>(up(s.block_k, 32), 32, SEGMENT);
     const int64_t segments = p.layout == VARLEN ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
     s.splits = s.splits > 1 ? segments : 1;

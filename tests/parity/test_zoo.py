@@ -77,7 +77,7 @@ def test_native_takes_the_workspace_that_its_plan_predicted(text):
 def test_native_predicts_every_size_and_order(dtype):
     """Groups that do not divide a tile, dims that are no whole vector, keys that lie in steps, plans resized."""
     wrong = []
-    heads, sizes = ("h1", "h5/1", "b3 h6/2"), ("q7 k700", "q40 k2300", "q130 k70")
+    heads, sizes = ("h1", "h5/1", "b3 h6/2", "h40/1"), ("q7 k700", "q40 k2300", "q130 k70")
     dims, orders = ("d33", "d64", "d40 v17"), ("", "order=bshd", "order=strided")
     for words in product([dtype], heads, sizes, dims, orders):
         call = understood(" ".join(words), "native")
