@@ -17,7 +17,7 @@ class Here:
 
     def __init__(self, peer: Peer, scenario: Scenario, inputs: Inputs) -> None:
         self.call = peer.build(scenario, inputs)
-        self.result = scenario.result(peer.numpy(self.call(), scenario.dtype), inputs)
+        self.result = scenario.result(peer.numpy(self.call(), scenario), inputs)
         self.once = seconds(self.call, 1)
 
     def seconds(self, times: int) -> float:

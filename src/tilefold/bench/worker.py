@@ -56,7 +56,7 @@ class Worker:
         folder, scenario = Path(request["folder"]), Scenario.parse(request["scenario"], request["dtype"])
         inputs = exchange.get_inputs(folder)
         call = self.peer.build(scenario, inputs)
-        out = scenario.result(self.peer.numpy(call(), scenario.dtype), inputs)
+        out = scenario.result(self.peer.numpy(call(), scenario), inputs)
         exchange.put(folder, request["result"], np.ascontiguousarray(out))
         self.call = call
         return self._time(1)

@@ -35,11 +35,11 @@ class Peer:
             return "its gradients are not measured"
         return self.why_not(scenario)
 
-    def numpy(self, result: Any, dtype: str) -> np.ndarray | tuple[np.ndarray, ...]:
+    def numpy(self, result: Any, scenario: Scenario) -> np.ndarray | tuple[np.ndarray, ...]:
         """The result of a call, or each of its gradients."""
-        if isinstance(result, tuple):
-            return tuple(self.to_numpy(x, dtype) for x in result)
-        return self.to_numpy(result, dtype)
+        if scenario.grad:
+            return tuple(self.to_numpy(x, scenario.dtype) for x in result)
+        return self.to_numpy(result, scenario.dtype)
 
     @property
     def version(self) -> str | None:
