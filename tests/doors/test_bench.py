@@ -151,6 +151,7 @@ def test_too_many_threads_are_refused_and_nothing_is_left_behind(monkeypatch):
 
 def test_quiet_waits_for_threads_that_spin_but_not_for_ever(monkeypatch):
     monkeypatch.setattr(quiet, "PATIENCE", 0.2)
+    monkeypatch.setattr(quiet, "LOOK", 0.05)  # long enough for the thread to run on a busy machine too
     stop = Event()
 
     def spin():
