@@ -11,14 +11,25 @@ pip := $(python) -m pip --disable-pip-version-check
 native := $(wildcard native/* native/*/*)
 installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
 
+# The core's own programs, without Python and without the extension.
+define build_core
+	.venv/bin/cmake -S . -B build/selftest$(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DTILEFOLD_SELFTEST=ON -DTILEFOLD_SANITIZE=$(SANITIZE) --log-level=WARNING && \
+	.venv/bin/cmake --build build/selftest$(SANITIZE) -- --quiet
+endef
+
+# The self-test's operator new is its own. Valgrind shows no AVX-512, so AVX2 and scalar are what it watches.
+memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --soname-synonyms=somalloc=nouserintercepts \
+    --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite
+
 # Asked for by name, the native core must compile: without this a build error would install NumPy's backend alone.
 build test: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test selftest emulate lint bench clean
+.PHONY: help build demo test selftest valgrind emulate lint bench clean
 
 help: ## Show the targets.
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 build: $(call installed,cli) ## Install tilefold and its command line into .venv.
 
@@ -28,11 +39,16 @@ demo: $(call installed,demo) .venv/installed/model ## Run the example on real se
 test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core is an error.
 	$(python) -m pytest
 
-selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined under sanitizers.
-	.venv/bin/cmake -S . -B build/selftest$(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DTILEFOLD_SELFTEST=ON -DTILEFOLD_SANITIZE=$(SANITIZE) --log-level=WARNING
-	.venv/bin/cmake --build build/selftest$(SANITIZE) -- --quiet
+selftest: export TSAN_OPTIONS = halt_on_error=1
+selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined or thread under sanitizers.
+	$(build_core)
 	build/selftest$(SANITIZE)/selftest
+	build/selftest$(SANITIZE)/callers
+
+valgrind: .venv/installed/tools ## Check it under memcheck, which sees reads of memory without a value, where valgrind is.
+	@if command -v valgrind >/dev/null; then \
+	    $(build_core) && $(memcheck) build/selftest/selftest 40 && $(memcheck) build/selftest/callers 4; \
+	else echo "valgrind: skipped, it is not installed"; fi
 
 emulate: selftest ## The same as on processors without AVX-512 and without AVX2, where qemu-user is installed.
 	@for cpu in Haswell Nehalem; do \
