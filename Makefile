@@ -4,32 +4,32 @@
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 TEST_EXTRAS ?= test
+TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py
 comma := ,
 
 python := .venv/bin/python
+purelib := import sysconfig; print(sysconfig.get_path('purelib'))
 pip := $(python) -m pip --disable-pip-version-check
 native := $(wildcard native/* native/*/*)
 installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
 
 # The core's own programs, without Python and without the extension.
-define build_core
-	.venv/bin/cmake -S . -B build/selftest$(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DTILEFOLD_SELFTEST=ON -DTILEFOLD_SANITIZE=$(SANITIZE) --log-level=WARNING && \
-	.venv/bin/cmake --build build/selftest$(SANITIZE) -- --quiet
-endef
+configure_core = .venv/bin/cmake -S . -B build/selftest$(SANITIZE) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DTILEFOLD_SELFTEST=ON -DTILEFOLD_SANITIZE=$(SANITIZE) --log-level=WARNING
+build_core = $(configure_core) -DTILEFOLD_MODULE=OFF && .venv/bin/cmake --build build/selftest$(SANITIZE) -- --quiet
 
 # The self-test's operator new is its own. Valgrind shows no AVX-512, so AVX2 and scalar are what it watches.
 memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --soname-synonyms=somalloc=nouserintercepts \
     --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite
 
 # Asked for by name, the native core must compile: without this a build error would install NumPy's backend alone.
-build test: export TILEFOLD_BACKEND = native
+build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test selftest valgrind emulate lint bench clean
+.PHONY: help build demo test selftest sanitize-python valgrind emulate lint bench clean
 
 help: ## Show the targets.
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 build: $(call installed,cli) ## Install tilefold and its command line into .venv.
 
@@ -44,6 +44,18 @@ selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=addre
 	$(build_core)
 	build/selftest$(SANITIZE)/selftest
 	build/selftest$(SANITIZE)/callers
+
+sanitize-python: SANITIZE = address,undefined
+sanitize-python: $(call installed,test) ## Run TESTS on a core under sanitizers, in build/sanitized; .venv stays as it is.
+	$(configure_core) -DTILEFOLD_MODULE=ON -DPython_EXECUTABLE=$(CURDIR)/$(python) \
+	    -Dnanobind_DIR=$$($(python) -m nanobind --cmake_dir)
+	.venv/bin/cmake --build build/selftest$(SANITIZE) --target _core -- --quiet
+	rm -rf build/sanitized && $(python) -m venv --without-pip build/sanitized
+	site=$$(build/sanitized/bin/python -c "$(purelib)") && cp -r src/tilefold $$site && \
+	    cp build/selftest$(SANITIZE)/_core.* $$site/tilefold && $(python) -c "$(purelib)" >$$site/others.pth
+	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | xargs)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    build/sanitized/bin/python -m pytest -p no:cacheprovider --capture=sys $(TESTS)
 
 valgrind: .venv/installed/tools ## Check it under memcheck, which sees reads of memory without a value, where valgrind is.
 	@if command -v valgrind >/dev/null; then \
