@@ -1,6 +1,6 @@
-"""Whether the sanitizers of `make sanitize-python` see anything: what the core cannot know is wrong ends its process there.
+"""Whether the sanitizers of `make sanitize-python` see anything: what the core cannot know is wrong ends its process.
 
-Nothing else ends this way, or the other tests would not have passed.
+Nothing else does, or the other tests would not have passed.
 """
 
 import os
