@@ -4,21 +4,34 @@
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 TEST_EXTRAS ?= test
+TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py
 comma := ,
 
 python := .venv/bin/python
+purelib := import sysconfig; print(sysconfig.get_path('purelib'))
 pip := $(python) -m pip --disable-pip-version-check
 native := $(wildcard native/* native/*/*)
 installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
 
+# The core's own programs, without Python, in a folder of their own: $(call built,folder,options).
+configured = .venv/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DTILEFOLD_SELFTEST=ON $(2) --log-level=WARNING
+built = $(call configured,$(1),-DTILEFOLD_MODULE=OFF $(2)) && .venv/bin/cmake --build $(1) -- --quiet
+core = build/selftest$(SANITIZE)
+build_core = $(call built,$(core),-DTILEFOLD_SANITIZE=$(SANITIZE))
+
+# The self-test's operator new is its own. Valgrind shows no AVX-512, so AVX2 and scalar are what it watches.
+memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --soname-synonyms=somalloc=nouserintercepts \
+    --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite
+
 # Asked for by name, the native core must compile: without this a build error would install NumPy's backend alone.
-build test: export TILEFOLD_BACKEND = native
+build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test support selftest emulate emulate-arm lint bench clean
+.PHONY: help build demo test support selftest sanitize-python valgrind emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 build: $(call installed,cli) ## Install tilefold and its command line into .venv.
 
@@ -31,22 +44,34 @@ test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core i
 support: $(call installed,test) ## Find out what works where; writes docs/support.md.
 	$(python) tests/support.py docs/support.md
 
-# The self-test in a folder of its own: $(call built,folder,more options).
-define built
-	.venv/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DTILEFOLD_SELFTEST=ON $(2) --log-level=WARNING
-	.venv/bin/cmake --build $(1) -- --quiet
-endef
+selftest: export TSAN_OPTIONS = halt_on_error=1
+selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined or thread under sanitizers.
+	$(build_core)
+	$(core)/selftest
+	$(core)/callers
 
-selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined under sanitizers.
-	$(call built,build/selftest$(SANITIZE),-DTILEFOLD_SANITIZE=$(SANITIZE))
-	build/selftest$(SANITIZE)/selftest
+sanitize-python: SANITIZE = address,undefined
+sanitize-python: $(call installed,test) ## Run TESTS on a core under sanitizers, in build/sanitized; .venv stays as it is.
+	$(call configured,$(core),-DTILEFOLD_SANITIZE=$(SANITIZE) -DTILEFOLD_MODULE=ON \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(python) -Dnanobind_DIR=$$($(python) -m nanobind --cmake_dir))
+	.venv/bin/cmake --build $(core) --target _core -- --quiet
+	rm -rf build/sanitized && $(python) -m venv --without-pip build/sanitized
+	site=$$(build/sanitized/bin/python -c "$(purelib)") && cp -r src/tilefold $$site && \
+	    cp $(core)/_core.* $$site/tilefold && $(python) -c "$(purelib)" >$$site/others.pth
+	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | xargs)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    build/sanitized/bin/python -m pytest -p no:cacheprovider --capture=sys $(TESTS)
+
+valgrind: .venv/installed/tools ## Check it under memcheck, which sees reads of memory without a value, where valgrind is.
+	@if command -v valgrind >/dev/null; then \
+	    $(build_core) && $(memcheck) build/selftest/selftest 40 && $(memcheck) build/selftest/callers 4; \
+	else echo "valgrind: skipped, it is not installed"; fi
 
 emulate: selftest ## The same as without AVX-512, without AVX2 and on ARM, where qemu-user is installed.
 	@for cpu in Haswell Nehalem; do \
 	    if [ "$$(uname -m)" != x86_64 ]; then echo "as on $$cpu: skipped, this is no x86-64"; \
 	    elif command -v qemu-x86_64 >/dev/null; then \
-	        echo "as on $$cpu" && qemu-x86_64 -cpu $$cpu build/selftest$(SANITIZE)/selftest 4 2>/dev/null || exit 1; \
+	        echo "as on $$cpu" && qemu-x86_64 -cpu $$cpu $(core)/selftest 4 2>/dev/null || exit 1; \
 	    else echo "as on $$cpu: skipped, there is no qemu-x86_64"; fi; \
 	done
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \

@@ -266,9 +266,11 @@ struct Rows {
             x += bias;
         }
         if (u.alibi) {
-            // The same differences as in a tile, whose first key they are counted from there: small integers,
-            // exact.
-            const Vec<E> far = set<E>(E(row.query + u.band.offset - j)) - iota<E>();
+            // The same differences as in a tile, whose first key they are counted from there: exact, or
+            // rounded once.
+            const int64_t distance = row.query + u.band.offset - j;
+            Vec<E> far = set<E>(E(distance)) - iota<E>();
+            for (int k = 0; k < W && !holds<E>(distance, W); k++) far[k] = E(distance - k);
             x -= set<E>(E(u.alibi[row.head])) * max(far, -far);
         }
         x = select<E>(x == x, x, set<E>(E(__builtin_nan(""))));

@@ -31,6 +31,13 @@ TILEFOLD_INLINE E number(const void* p, DType type, int64_t at) {
     }
 }
 
+// Whether E holds `distance` and the n whole numbers below it as they are.
+template <class E>
+TILEFOLD_INLINE bool holds(int64_t distance, int64_t n) {
+    constexpr int64_t MOST = int64_t(1) << (sizeof(E) == 4 ? 24 : 53);
+    return distance <= MOST && distance >= n - MOST;
+}
+
 // Brings the biases of a block of keys near, some rows at a time, while its products are computed: rows lie
 // too far apart for the processor to guess.
 class Ahead {
@@ -167,6 +174,7 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
     const Vec<E> none = set<E>(-INFINITE<E>), cap = set<E>(E(c.softcap));
     const Vec<E> lost = set<E>(E(__builtin_nan("")));  // one NaN like another
     const bool singles = u.bits || u.cells, capped = c.softcap != NO_SOFTCAP;
+    bool near = true;  // distances are differences in E; those that it does not hold are rounded one by one
     const bool only_bias = u.bias && !capped && !u.alibi && !singles && !edge;
     const int64_t spans = edge ? (u.lo ? c.spans : 1) : 0;
     for (int v = 0; v < NR; v++) {
@@ -179,6 +187,7 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
             cells_at[k] = each_row.at(c.cells);
             if (u.alibi) slope[k] = E(u.alibi[each_row.head]);
             at[k] = E(each_row.query + u.band.offset - j0);
+            near &= holds<E>(each_row.query + u.band.offset - j0, c.block_k);
             if (v * W + k + 1 < rows) each_row.next();
         }
         for (int64_t j = j0; j < j1; j += W) {
@@ -231,7 +240,8 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
                     x += bias[k];
                 }
                 if (u.alibi) {
-                    const Vec<E> far = at - set<E>(E(j - j0 + k));
+                    Vec<E> far = at - set<E>(E(j - j0 + k));
+                    for (int n = 0; n < W && !near; n++) far[n] = E(query[n] + u.band.offset - j - k);
                     x -= slope * max(far, -far);
                 }
                 x = select<E>(x == x, x, lost);

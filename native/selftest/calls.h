@@ -16,7 +16,7 @@ int64_t scratch_bytes;
 template <auto kernel>
 void watch(const Call& c, const Unit& u, const Piece& p, Worker& w) {
     char* const end = w.scratch + scratch_bytes;
-    memset(w.scratch, 0xff, size_t(scratch_bytes));
+    blank(w.scratch, scratch_bytes);
     guard(end);
     (watched->*kernel)(c, u, p, w);
     expect(unguard(end), p.r1 - p.r0 <= watched->few_rows ? "few rows wrote beyond the end of their scratch"
@@ -26,7 +26,7 @@ void watch(const Call& c, const Unit& u, const Piece& p, Worker& w) {
 void watch_gradient(const Call& c, const Unit& u, const GradCall& g, const GradUnit& to, const GradPiece& p,
                     Worker& w) {
     char* const end = w.scratch + scratch_bytes;
-    memset(w.scratch, 0xff, size_t(scratch_bytes));
+    blank(w.scratch, scratch_bytes);
     guard(end);
     watched->grad(c, u, g, to, p, w);
     expect(unguard(end), "a gradient wrote beyond the end of its scratch");

@@ -144,12 +144,13 @@ struct ExpectedGradient {
     Wide allowed[5];
 
     ExpectedGradient(const Data& x, const Expected& e) : given(x, e) {
-        const bool wide = x.c.type == DType::float64;
+        const bool wide = is_wide(x);
         const double step = 2 * roundoff(x.p.acc_dtype);
         right = wide ? differentiate<Wide>(x, given, 0) : differentiate<double>(x, given, 0);
         const Gradient moved =
             wide ? differentiate<Wide>(x, given, step) : differentiate<double>(x, given, step);
-        const Gradient plain = wide ? differentiate<double>(x, given, 0) : differentiate<float>(x, given, 0);
+        const Gradient plain = x.c.type == DType::float64 ? differentiate<double>(x, given, 0)
+                                                          : differentiate<float>(x, given, 0);
         for (int m = 0; m < 5; m++)
             allowed[m] = 8 * std::max(error(plain.of[m], right.of[m]), error(moved.of[m], right.of[m])) +
                          Wide(roundoff(m < 3 ? x.c.type : x.p.acc_dtype)) * largest(right.of[m]);

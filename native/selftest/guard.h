@@ -18,6 +18,15 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
+// What valgrind is told and asked; nothing where it does not watch.
+#if __has_include(<valgrind/memcheck.h>)
+#include <valgrind/memcheck.h>
+#else
+#define RUNNING_ON_VALGRIND 0
+#define VALGRIND_MAKE_MEM_NOACCESS(at, bytes)
+#define VALGRIND_MAKE_MEM_DEFINED(at, bytes)
+#define VALGRIND_MAKE_MEM_UNDEFINED(at, bytes)
+#endif
 
 namespace {
 
@@ -45,16 +54,23 @@ void enter(const std::string& where) {
 constexpr int64_t GUARD = 1024;
 constexpr unsigned char PATTERN = 0xa5;  // of guards; whatever has no value yet is 0xff, NaN in every type
 
+void blank(char* at, int64_t bytes) {
+    memset(at, 0xff, size_t(bytes));
+    VALGRIND_MAKE_MEM_UNDEFINED(at, bytes);
+}
+
 void guard(char* at) {
     memset(at, PATTERN, GUARD);
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_POISON_MEMORY_REGION(at, GUARD);
 #endif
+    VALGRIND_MAKE_MEM_NOACCESS(at, GUARD);
 }
 bool unguard(char* at) {
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_UNPOISON_MEMORY_REGION(at, GUARD);
 #endif
+    VALGRIND_MAKE_MEM_DEFINED(at, GUARD);
     return std::all_of(at, at + GUARD, [](char c) { return static_cast<unsigned char>(c) == PATTERN; });
 }
 
@@ -82,7 +98,7 @@ Memory::Memory(int64_t bytes) : data_(nullptr), bytes_(bytes), capacity_(bytes +
     if (!refuse()) data_ = static_cast<char*>(aligned_alloc(64, size_t((capacity_ + 63) / 64 * 64)));
     if (!data_) throw std::bad_alloc();
     memory_bytes = bytes;
-    memset(data_, 0xff, size_t(bytes));
+    blank(data_, bytes);
     guard(data_ + bytes);
 }
 Memory::~Memory() {

@@ -159,8 +159,8 @@ def understand(
         q_dtype=q.dtype.name,
         kv_dtype=k.dtype.name,
         acc_dtype=ROWS[q.dtype.name].accumulate,
-        scale=_number("scale", o.scale) if o.scale is not None else (1 / sqrt(dim) if dim else 1.0),
-        softcap=None if o.softcap is None else _number("softcap", o.softcap),
+        scale=_number("scale", o.scale, q.dtype) if o.scale is not None else (1 / sqrt(dim) if dim else 1.0),
+        softcap=None if o.softcap is None else _number("softcap", o.softcap, q.dtype),
         band=band,
         layout=layout,
         has=_has(layout, x),
@@ -198,6 +198,7 @@ def _score_arrays(o: Options, x: Operands) -> None:
         slopes = _small_floats("alibi", o.alibi)
         if np.isinf(slopes).any():
             raise ValueError("alibi must not hold NaN or infinity")
+        _fits("alibi", np.abs(slopes), x.q.dtype)
         x.alibi = _per_head("alibi", slopes, x.lead, heads)
     if o.sinks is not None:
         logits = _small_floats("sinks", o.sinks)
@@ -205,6 +206,7 @@ def _score_arrays(o: Options, x: Operands) -> None:
             raise ValueError(
                 f"sinks must have shape ({heads},), one logit per query head; got {logits.shape}"
             )
+        _fits("sinks", logits, x.q.dtype)
         x.sinks = _per_head("sinks", logits, x.lead, heads)
 
 
@@ -318,7 +320,7 @@ def flag(name: str, x: object) -> bool:
     return bool(x)
 
 
-def _number(name: str, x: Any) -> float:
+def _number(name: str, x: Any, dtype: np.dtype) -> float:
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     try:
@@ -327,7 +329,16 @@ def _number(name: str, x: Any) -> float:
         number = inf
     if not isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
+    _fits(name, np.float64(abs(number)), dtype)
     return number
+
+
+def _fits(name: str, x: np.ndarray | np.float64, dtype: np.dtype) -> None:
+    """ValueError for a number that is infinite where the scores of `dtype` are summed."""
+    sums = ROWS[dtype.name].accumulate
+    with np.errstate(over="ignore"):
+        if np.isposinf(x.astype(sums)).any():
+            raise ValueError(f"{name} must be finite in {sums}, where scores are summed; got {np.max(x)}")
 
 
 def _small_floats(name: str, x: Any) -> np.ndarray:

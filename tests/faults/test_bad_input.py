@@ -131,6 +131,11 @@ BAD = {
     "scale: array": ({"scale": np.ones(4)}, TypeError, "scale must be a number, got ndarray"),
     "scale: complex": ({"scale": 1j}, TypeError, "scale must be a number, got complex"),
     "scale: huge integer": ({"scale": 10**400}, ValueError, "scale must be finite, got"),
+    "scale: beyond the sums": (
+        {"scale": -1e39},
+        ValueError,
+        "scale must be finite in float32, where scores are summed; got 1e\\+39",
+    ),
     "softcap: zero": ({"softcap": 0}, ValueError, "softcap must be None or a finite number > 0, got 0"),
     "softcap: negative": (
         {"softcap": -1.0},
@@ -139,6 +144,11 @@ BAD = {
     ),
     "softcap: nan": ({"softcap": NAN}, ValueError, "softcap must be finite, got nan"),
     "softcap: inf": ({"softcap": INF}, ValueError, "softcap must be finite, got inf"),
+    "softcap: beyond the sums": (
+        {"softcap": 1e39},
+        ValueError,
+        "softcap must be finite in float32, where scores are summed; got 1e\\+39",
+    ),
     "softcap: bool": ({"softcap": False}, TypeError, "softcap must be a number, got bool"),
     # flags
     "causal: integer": ({"causal": 1}, TypeError, "causal must be True or False, got int"),
@@ -276,6 +286,11 @@ BAD = {
     "alibi: nan": ({"alibi": [0, 1, NAN, 1]}, ValueError, r"alibi must not hold NaN"),
     "alibi: inf": ({"alibi": [0, 1, INF, 1]}, ValueError, r"alibi must not hold .*inf"),
     "alibi: -inf": ({"alibi": [0, 1, -INF, 1]}, ValueError, r"alibi must not hold .*inf"),
+    "alibi: beyond the sums": (
+        {"alibi": [0, 1, -1e39, 1]},
+        ValueError,
+        "alibi must be finite in float32, where scores are summed; got 1e\\+39",
+    ),
     "alibi: strings": ({"alibi": ["a"] * 4}, TypeError, "alibi must be"),
     "alibi: ragged list": ({"alibi": [[1.0], [2.0, 3.0]]}, TypeError, "alibi must be"),
     "sinks: shape": (
@@ -291,6 +306,11 @@ BAD = {
     "sinks: number": ({"sinks": 0.0}, TypeError, "sinks must be an array .*got float"),
     "sinks: nan": ({"sinks": [0, 1, NAN, 1]}, ValueError, r"sinks must not hold NaN or \+inf"),
     "sinks: +inf": ({"sinks": [0, 1, INF, 1]}, ValueError, r"sinks must not hold NaN or \+inf"),
+    "sinks: beyond the sums": (
+        {"sinks": np.array([0, 1, 1e39, 1])},
+        ValueError,
+        "sinks must be finite in float32, where scores are summed; got 1e\\+39",
+    ),
     # lengths
     "kv_lengths: too long": ({"kv_lengths": [7, 8]}, TypeError, "kv_lengths must be an array .*got list"),
     "kv_lengths: beyond": (
@@ -518,6 +538,13 @@ def test_the_call_without_a_fault_is_taken():
     """Else every refusal above could be for another reason."""
     assert tf.attention(Q, K, V, out=np.full(OUT, NAN, np.float32)).shape == OUT
     assert tf.attention(**PACKED, out=np.full((4, 5, 3), NAN, np.float32)).shape == (4, 5, 3)
+
+
+def test_float64_sums_hold_larger_numbers():
+    q, k, v = (x.astype(np.float64) for x in (Q, K, V))
+    out = tf.attention(q, k, v, sinks=np.array([0, 1, 1e39, 1]), alibi=[0, 1, 0, 1e39], softcap=1e39)
+    assert np.isfinite(out).all()
+    assert (out[:, 2] == 0).all()
 
 
 def test_nan_in_bias_is_a_number_like_others():

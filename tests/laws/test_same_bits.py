@@ -295,6 +295,22 @@ def test_any_plan(kind, dtype):
                 assert_same_bits(got, expected, f"{q_len} rows, block_q {block_q}, {splits} splits")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_distances_that_the_sums_do_not_hold(dtype):
+    """Beyond 2^24 a float32 skips whole numbers; a decoded row rounds its distances as the prefill did."""
+    rng, q_len, seen = np.random.default_rng(0), 40, 130
+    for kv_len in (2**24 + q_len, 2**25 + 77):
+        q = rng.standard_normal((1, q_len, 8)).astype(dtype)
+        k = np.zeros((1, kv_len, 8), dtype)  # takes no memory where nobody looks
+        k[:, :seen] = rng.standard_normal((1, seen, 8))
+        options = {"mask": tf.prefix(seen), "alibi": [1e-3]}
+        out, lse = attend(q, k, k, **options)
+        for i in range(0, q_len, 3):
+            keys = k[:, : kv_len - q_len + i + 1]
+            row = attend(q[:, i : i + 1], keys, keys, **options)
+            assert_same_bits(row, (out[:, i : i + 1], lse[:, i : i + 1]), f"query {i} of {kv_len} keys")
+
+
 def odd(x):
     """The same from an address that is no multiple of more than its item size."""
     room = np.zeros(x.size + 1, x.dtype)
