@@ -153,7 +153,8 @@ struct ExpectedGradient {
                                                           : differentiate<float>(x, given, 0);
         for (int m = 0; m < 5; m++)
             allowed[m] = 8 * std::max(error(plain.of[m], right.of[m]), error(moved.of[m], right.of[m])) +
-                         Wide(roundoff(m < 3 ? x.c.type : x.p.acc_dtype)) * largest(right.of[m]);
+                         std::max(Wide(roundoff(m < 3 ? x.c.type : x.p.acc_dtype)) * largest(right.of[m]),
+                                  Wide(m < 3 ? least_error(x.c.type) : 0));
     }
 };
 

@@ -49,6 +49,8 @@ int mantissa(DType t) {  // bits that are stored
     return t == DType::float64 ? 52 : t == DType::float32 ? 23 : t == DType::float16 ? 10 : 7;
 }
 double roundoff(DType t) { return ldexp(1, -1 - mantissa(t)); }
+// Half a step between the smallest numbers, which are no closer to each other than that.
+double least_error(DType t) { return t == DType::float16 ? 0x1p-25 : 0; }
 
 double number_of(uint16_t bits, int m) {
     const int exponents = (1 << (15 - m)) - 1, e = bits >> m & exponents, f = bits & ((1 << m) - 1);
