@@ -198,17 +198,8 @@ class Fold {
                                  int64_t first_row, int64_t last_row, int64_t frame, int64_t head,
                                  std::optional<Integers> lo, std::optional<Integers> hi,
                                  std::optional<Bytes> bits, int64_t bits_start, int team) const {
-        const tilefold::Arrays arrays{array(q),
-                                      array(k),
-                                      array(v),
-                                      array(out),
-                                      array(lse),
-                                      array(bias),
-                                      array(cells),
-                                      data<double>(alibi),
-                                      data<double>(sinks),
-                                      data<int64_t>(q_ends),
-                                      data<int64_t>(kv_ends)};
+        const tilefold::Arrays arrays =
+            inputs(q, k, v, array(out), array(lse), bias, cells, alibi, sinks, q_ends, kv_ends);
         const tilefold::Report report =
             fold(arrays, selection(first_row, last_row, frame, head, lo, hi, bits, bits_start), team);
         return {report.bytes, report.infinite};
@@ -221,17 +212,8 @@ class Fold {
                      std::optional<Sums> dsinks, bool add, int64_t first_row, int64_t last_row, int64_t frame,
                      int64_t head, std::optional<Integers> lo, std::optional<Integers> hi,
                      std::optional<Bytes> bits, int64_t bits_start, int team) const {
-        const tilefold::Arrays arrays{array(q),
-                                      array(k),
-                                      array(v),
-                                      array(out),
-                                      array(lse),
-                                      array(bias),
-                                      array(cells),
-                                      data<double>(alibi),
-                                      data<double>(sinks),
-                                      data<int64_t>(q_ends),
-                                      data<int64_t>(kv_ends)};
+        const tilefold::Arrays arrays =
+            inputs(q, k, v, array(out), array(lse), bias, cells, alibi, sinks, q_ends, kv_ends);
         const tilefold::Gradients gradients{array(dout),
                                             array(dlse),
                                             array(dq),
@@ -270,6 +252,24 @@ class Fold {
     int64_t workspace() const {
         return backward() ? tilefold::grad_workspace(problem_, kernels_, settings_)
                           : tilefold::workspace(problem_, kernels_, settings_);
+    }
+
+    static tilefold::Arrays inputs(const Input& q, const Input& k, const Input& v, const Array& out,
+                                   const Array& lse, const std::optional<Input>& bias,
+                                   const std::optional<Input>& cells, const std::optional<Floats>& alibi,
+                                   const std::optional<Floats>& sinks, const std::optional<Integers>& q_ends,
+                                   const std::optional<Integers>& kv_ends) {
+        return {array(q),
+                array(k),
+                array(v),
+                out,
+                lse,
+                array(bias),
+                array(cells),
+                data<double>(alibi),
+                data<double>(sinks),
+                data<int64_t>(q_ends),
+                data<int64_t>(kv_ends)};
     }
 
     static tilefold::Selection selection(int64_t first_row, int64_t last_row, int64_t frame, int64_t head,

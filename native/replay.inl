@@ -142,8 +142,6 @@ struct Replay {
             copy_rows(k, c.k.row, c.k.col, n, c.dim, reinterpret_cast<BFloat*>(own_keys), 2 * depth);
             copy_rows(v, c.v.row, c.v.col, n, c.v_dim, reinterpret_cast<BFloat*>(own_values), 2 * v_depth);
             keys = {own_keys, depth, 1}, values = {own_values, v_depth, 1};
-            memset(p_halves, 0, size_t(c.block_k * 2 * ROW_PAIRS) * sizeof(A));
-            memset(ds_halves, 0, size_t(c.block_k * 2 * ROW_PAIRS) * sizeof(A));
         } else if constexpr (PACKED) {
             widen_rows<T, E>(k, c.k.row, c.k.col, n, c.dim, own_keys, c.dim);
             widen_rows<T, E>(v, c.v.row, c.v.col, n, c.v_dim, own_values, c.v_dim);
