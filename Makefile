@@ -4,6 +4,7 @@
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 TEST_EXTRAS ?= test
+SECONDS ?= 60
 TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py
 comma := ,
 
@@ -16,9 +17,9 @@ installed = $(addprefix .venv/installed/,$(subst $(comma), ,$(1)))
 # The core's own programs, without Python, in a folder of their own: $(call built,folder,options).
 configured = .venv/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DTILEFOLD_SELFTEST=ON $(2) --log-level=WARNING
-built = $(call configured,$(1),-DTILEFOLD_MODULE=OFF $(2)) && .venv/bin/cmake --build $(1) -- --quiet
+built = $(call configured,$(1),-DTILEFOLD_MODULE=OFF $(2)) && .venv/bin/cmake --build $(1) $(3) -- --quiet
 core = build/selftest$(SANITIZE)
-build_core = $(call built,$(core),-DTILEFOLD_SANITIZE=$(SANITIZE))
+build_core = $(call built,$(core),-DTILEFOLD_SANITIZE=$(SANITIZE),$(1))
 
 # The self-test's operator new is its own. Valgrind shows no AVX-512, so AVX2 and scalar are what it watches.
 memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --soname-synonyms=somalloc=nouserintercepts \
@@ -28,7 +29,7 @@ memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --sona
 build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test support selftest sanitize-python valgrind emulate emulate-arm lint bench clean
+.PHONY: help build demo test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -61,6 +62,10 @@ sanitize-python: $(call installed,test) ## Run TESTS on a core under sanitizers,
 	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | xargs)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    build/sanitized/bin/python -m pytest -p no:cacheprovider --capture=sys $(TESTS)
+
+fuzz: .venv/installed/tools ## Fold what random bytes describe, for SECONDS; SANITIZE=address,undefined under sanitizers.
+	$(call build_core,--target fuzz)
+	$(core)/fuzz $(SECONDS)
 
 valgrind: .venv/installed/tools ## Check it under memcheck, which sees reads of memory without a value, where valgrind is.
 	@if command -v valgrind >/dev/null; then \

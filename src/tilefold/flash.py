@@ -16,7 +16,7 @@ import numpy as np
 from .arrays import enter_floats, leave
 from .call import Options, understand
 from .masks import integer
-from .plan import backend_of
+from .plan import MOST, backend_of
 from .problem import bytes_of
 
 
@@ -87,7 +87,8 @@ def flash_attention(q: Any, k: Any, v: Any, config: FlashConfig | None = None) -
     if not isinstance(config, FlashConfig):
         raise TypeError(f"config must be a FlashConfig, got {type(config).__name__}")
     call = understand(q, k, v, Options(causal=config.causal, scale=config.scale))
-    call.plan = backend_of(call.plan).resize(call.plan, config.block_q, config.block_kv)
+    block_q, block_kv = min(config.block_q, MOST), min(config.block_kv, MOST)
+    call.plan = backend_of(call.plan).resize(call.plan, block_q, block_kv)
     call.allocate()
     used = call.fold()
     matrix = call.problem.score_bytes

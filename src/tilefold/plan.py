@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .masks import integer
 from .problem import Operands, Problem
 
 if TYPE_CHECKING:
     from .replay import Grads, Probe
+
+
+MOST = 2**31  # of any number in a plan: more rows than a tile can have, and few enough to be multiplied
 
 
 class BackendRefused(ValueError):
@@ -95,11 +99,13 @@ def pinned(plan: Plan, p: Problem) -> Plan:
     free = replace(p, want=plan.problem.want)
     if plan.problem != free:
         raise ValueError(f"plan was made for another problem: it is for '{plan.problem}', the call is '{p}'")
-    if min(plan.block_q, plan.block_k) < 1:
-        raise ValueError(f"plan must have blocks of at least 1 x 1, got {plan.block_q} x {plan.block_k}")
+    block_q, block_k, splits, workers = (
+        min(integer(f"plan: {name}", getattr(plan, name), 1), MOST)
+        for name in ("block_q", "block_k", "splits", "workers")
+    )
     if (why := backend_of(plan).why_not(p)) is not None:
         raise BackendRefused(f"plan is for the backend {plan.backend!r}, which refuses: {why}")
-    return replace(plan, problem=p)
+    return replace(plan, problem=p, block_q=block_q, block_k=block_k, splits=splits, workers=workers)
 
 
 def backend_of(plan: Plan) -> Backend:

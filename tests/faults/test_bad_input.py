@@ -475,7 +475,17 @@ BAD = {
     "plan: block of zero": (
         {"plan": replace(OTHER_PLAN, block_q=0), "causal": True},
         ValueError,
-        "plan must have blocks of at least 1 x 1, got 0 x",
+        "plan: block_q must be >= 1, got 0",
+    ),
+    "plan: a block that is no number": (
+        {"plan": replace(OTHER_PLAN, block_k=2.5), "causal": True},
+        TypeError,
+        r"plan: block_k must be an integer, got 2\.5",
+    ),
+    "plan: no workers": (
+        {"plan": replace(OTHER_PLAN, workers=0), "causal": True},
+        ValueError,
+        "plan: workers must be >= 1, got 0",
     ),
     "plan: another backend's": (
         {"plan": replace(OTHER_PLAN, backend="native"), "causal": True, "probes": [Tap()]},
@@ -538,6 +548,16 @@ def test_the_call_without_a_fault_is_taken():
     """Else every refusal above could be for another reason."""
     assert tf.attention(Q, K, V, out=np.full(OUT, NAN, np.float32)).shape == OUT
     assert tf.attention(**PACKED, out=np.full((4, 5, 3), NAN, np.float32)).shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**63 - 1, 2**70])
+def test_numbers_of_a_plan_may_be_larger_than_any_array(size):
+    expected = tf.attention(Q, K, V, causal=True)
+    huge = {name: size for name in ("block_q", "block_k", "splits", "workers")}
+    got = tf.attention(Q, K, V, causal=True, plan=replace(OTHER_PLAN, **huge))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    config = tf.FlashConfig(size, size, 0.5, causal=True)
+    np.testing.assert_allclose(tf.flash_attention(Q, K, V, config).output, expected, rtol=1e-5)
 
 
 def test_float64_sums_hold_larger_numbers():
