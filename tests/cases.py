@@ -69,6 +69,7 @@ float32 h32/8 q5 k1300 d32 causal
 float32 b0x2 h2 q5 k5 d4
 float32 b0 h2 q5 k5 d4
 float32 h2 q0 k5 d4
+float32 h2 q0 k0 d4 nan
 float32 h2 q5 k0 d4
 float32 h2 q5 k0 d4 sinks causal
 float32 h2 q5 k7 d0 v3

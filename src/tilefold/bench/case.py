@@ -212,7 +212,7 @@ class Case:
     def _poison(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: dict[str, Any]) -> None:
         """Put NaN and inf into every key and value row that no query of any head sees."""
         seen = np.asarray(naive_weights(np.zeros_like(q), np.zeros_like(k), **options) > 0)
-        by_key_head = (*seen.shape[:-3], self.kv_heads, -1, self.size["k"])
+        by_key_head = (*seen.shape[:-3], self.kv_heads, self.heads // self.kv_heads, self.size["k"])
         anyone = np.asarray(seen.any(axis=-2)).reshape(by_key_head).any(axis=-2)
         k[~anyone] = np.nan
         v[~anyone] = np.inf
