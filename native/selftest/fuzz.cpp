@@ -2,9 +2,9 @@
 // core has to survive and to keep its word: the same bits for any tiles, splits and threads, nothing written
 // but what belongs to the selection, and averages of values that are no larger than the largest. The facts to
 // know: arrays lie in memory of exactly their extent, so that the address sanitizer sees a read beside one,
-// and sizes that no machine has are only planned with. Under libFuzzer the bytes grow towards new code;
-// without it main() below draws them, in a process of its own, so that it can say of which input that one
-// died. Usage: fuzz seconds [the first input [the last one]]
+// and sizes that no machine has are only planned with. Under libFuzzer (built with TILEFOLD_LIBFUZZER) the
+// bytes grow towards new code; without it main() below draws them, in a process of its own, so that it can
+// say of which input that one died. Usage: fuzz seconds [the first input [the last one]]
 
 #include <signal.h>
 #include <stdio.h>
@@ -20,9 +20,9 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
-#include "executor.h"
-#include "sweep.h"
+#include "../dispatch.h"
+#include "../executor.h"
+#include "../sweep.h"
 
 namespace {
 
@@ -230,7 +230,7 @@ void check_sizes(Bytes& bytes, Problem p, const Kernels& k) {
                    8))
         return;
     for (const Settings& s :
-         {plan(p, k, int(1 + bytes.below(64))), resized(p, k, {any(62), any(62), any(62), any(62)})}) {
+         {plan(p, k, int(1 + bytes.below(64))), resized(p, k, {any(63), any(63), any(63), any(63)})}) {
         const Settings again = resized(p, k, s);
         if (s.tile_rows < 1 || s.block_k < 1 || s.splits < 1 || s.workers < 1) fail("no settings", p);
         if (again.tile_rows != s.tile_rows || again.block_k != s.block_k || again.splits != s.splits ||

@@ -16,9 +16,9 @@
 #include <thread>
 #include <vector>
 
-#include "dispatch.h"
-#include "executor.h"
-#include "sweep.h"
+#include "../dispatch.h"
+#include "../executor.h"
+#include "../sweep.h"
 
 namespace {
 
