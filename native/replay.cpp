@@ -33,16 +33,14 @@ struct Shape {
         units = p.batch * p.kv_heads;
         tiles = ceil_div(q_len * group, k.tile_rows);
         segments = segments_of(kv_len, keys);
-        slots = segments == 1 ? 0 : shares_bias(p) ? units : std::min(units, 2 * s.workers);
+        // Pieces may share a bias; only the arrays tell whether they do.
+        slots = segments == 1 ? 0 : p.has & BIAS ? units : std::min(units, 2 * s.workers);
         Call c{};
         c.dim = p.dim, c.v_dim = p.v_dim, c.group = group, c.block_k = GRAD_BLOCK, c.softcap = p.softcap;
         scratch = aligned(k.grad_scratch(c));
         sums = aligned(tiles * p.dim * k.tile_rows * k.element);
         turns = aligned(tiles * int64_t(sizeof(int32_t)));
     }
-
-    // Whether pieces may share a bias: only the arrays tell whether they do.
-    static bool shares_bias(const Problem& p) { return p.has & BIAS; }
 
     int64_t bytes(int64_t workers) const {
         check_bytes(double(workers) * double(scratch) + double(slots) * (double(sums) + double(turns)));
@@ -96,9 +94,9 @@ class Backward : Sequences {
     int64_t order(const Piece& p) const { return p.frame * kv_heads() + p.head; }
     int64_t segments(const Piece& p) const { return segments_of(frames_[size_t(p.frame)].kv_len, keys_); }
 
-    // Pieces in order, and where each worker's share of them ends.
+    // Pieces in order, and where each worker's share of them ends: at one segment of a class of units, which
+    // are those that share a bias: one, or those of one head, or of one item, or all.
     void list_pieces() {
-        const int64_t units = int64_t(frames_.size()) * kv_heads();
         bool items = false, heads = false, keys = false;  // over what a bias is broadcast
         if (g_.dbias) {
             const Array& b = g_.dbias;
@@ -107,44 +105,29 @@ class Backward : Sequences {
             heads = p_.heads > 1 && !call_.dbias.head;
             keys = p_.kv_len > 1 && !call_.dbias.col;
         }
-        if (!items && !heads && !keys) {
-            for (int64_t first = 0; first < units; first += s_.workers)
-                for (int64_t n = 0, more = 1; more; n++) {
-                    more = 0;
-                    for (int64_t unit = first; unit < std::min(units, first + s_.workers); unit++) {
-                        const Piece p = piece(unit, n);
-                        if (n < segments(p)) add(p), close(), more = 1;
-                    }
+        const int64_t every = int64_t(frames_.size()), all_heads = kv_heads();
+        const int64_t across = heads ? 1 : all_heads, classes = (items ? 1 : every) * across;
+        const int64_t together = items || heads || keys ? classes : s_.workers;
+        for (int64_t first = 0; first < classes; first += together)
+            for (int64_t n = 0, more = 1; more; n++) {
+                more = 0;
+                for (int64_t share = first; share < std::min(classes, first + together); share++) {
+                    const int64_t frame = items ? 0 : share / across, head = heads ? 0 : share % across;
+                    for (int64_t f = frame; f < (items ? every : frame + 1); f++)
+                        for (int64_t h = head; h < (heads ? all_heads : head + 1); h++)
+                            more |= add({int32_t(f), int32_t(h), n}, keys);
+                    if (jobs_.empty() ? !pieces_.empty() : jobs_.back() != pieces_.size())
+                        jobs_.push_back(pieces_.size());
                 }
-            return;
-        }
-        // Units that share are those of one head, or of one item, or all.
-        const int64_t every = int64_t(frames_.size());
-        const int64_t classes = (items ? 1 : every) * (heads ? 1 : kv_heads());
-        for (int64_t n = 0, more = 1; more; n++) {
-            more = 0;
-            for (int64_t share = 0; share < classes; share++) {
-                for (int64_t unit = 0; unit < units; unit++) {
-                    const int64_t frame = unit / kv_heads(), head = unit % kv_heads();
-                    const int64_t mine = (items ? 0 : frame) * (heads ? 1 : kv_heads()) + (heads ? 0 : head);
-                    if (mine != share) continue;
-                    for (int64_t x = n; x < segments(piece(unit, n)); x++) {
-                        add(piece(unit, x)), more = 1;
-                        if (!keys) break;
-                    }
-                }
-                close();
+                if (keys) break;
             }
-            if (keys) return;
-        }
     }
-    Piece piece(int64_t unit, int64_t segment) const {
-        return {int32_t(unit / kv_heads()), int32_t(unit % kv_heads()), segment};
-    }
-    void add(const Piece& p) { pieces_.push_back(p); }
-    void close() {
-        if (!pieces_.empty() && (jobs_.empty() || jobs_.back() != pieces_.size()))
-            jobs_.push_back(pieces_.size());
+    // Segment n of a unit, or that one and all after it; whether there was one.
+    bool add(Piece p, bool and_others) {
+        const int64_t end = and_others ? segments(p) : std::min(segments(p), p.segment + 1);
+        if (p.segment >= end) return false;
+        for (; p.segment < end; p.segment++) pieces_.push_back(p);
+        return true;
     }
 
     void lay_out(const Shape& shape, char* at) {
@@ -169,7 +152,7 @@ class Backward : Sequences {
     }
 
     void work(int worker) {
-        [[maybe_unused]] const FlushToZero flush{};
+        [[maybe_unused]] const ArithmeticMode ours{};
         Line line{stop_, worker};
         Worker w = line.worker(scratch_ + worker * scratch_bytes_);
         while (!stop_.check(worker)) {

@@ -141,7 +141,7 @@ class Sweep : Sequences {
     }
 
     void work(int worker) {
-        [[maybe_unused]] const FlushToZero flush{};
+        [[maybe_unused]] const ArithmeticMode ours{};
         Line line{stop_, worker};
         Worker w = line.worker(scratch_ + worker * scratch_bytes_);
         while (!stop_.check(worker)) {
@@ -256,6 +256,7 @@ Settings resized(const Problem& p, const Kernels& k, Settings s) {
     const int64_t group = std::max<int64_t>(1, p.heads / p.kv_heads),
                   rows = std::max<int64_t>(1, p.q_len * group);
     // Plans count rows per head, rounded up: what comes back from one must be what was planned.
+    s.tile_rows = std::clamp<int64_t>(s.tile_rows, 1, k.most_rows);
     for (int64_t before = -1; before != s.tile_rows;) {
         before = s.tile_rows;
         s.tile_rows = std::clamp<int64_t>(up(before, group), 1, k.most_rows);
@@ -263,7 +264,7 @@ Settings resized(const Problem& p, const Kernels& k, Settings s) {
             s.tile_rows = (s.tile_rows + k.tile_rows / 2) / k.tile_rows * k.tile_rows;
         s.tile_rows = std::min(s.tile_rows, up(rows, k.lanes));
     }
-    s.block_k = std::clamp<int64_t>(up(s.block_k, 32), 32, SEGMENT);
+    s.block_k = up(std::clamp<int64_t>(s.block_k, 1, SEGMENT), 32);
     const int64_t segments = p.layout == VARLEN ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
     s.splits = s.splits > 1 ? segments : 1;
     s.workers = std::clamp<int64_t>(s.workers, 1, MAX_THREADS);

@@ -18,13 +18,14 @@
 
 namespace tilefold {
 
-// Results below the smallest normal number become 0 while this lives. The weights of far keys fall that low
-// (any ALiBi does it), and x86 takes some 150 cycles for each product with such a number.
-class FlushToZero {
+// The mode of arithmetic while this lives, whatever the thread's own is: bits must not depend on who computes
+// them. Rounding is to nearest, and results below the smallest normal number become 0: the weights of far
+// keys fall that low (any ALiBi does it), and x86 takes some 150 cycles for each product with such a number.
+class ArithmeticMode {
 #if defined(__SSE2__)
    public:
-    FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
-    ~FlushToZero() { _mm_setcsr(before_); }
+    ArithmeticMode() : before_(_mm_getcsr()) { _mm_setcsr(_MM_MASK_MASK | _MM_FLUSH_ZERO_ON); }
+    ~ArithmeticMode() { _mm_setcsr(before_); }
 
    private:
     const unsigned before_;

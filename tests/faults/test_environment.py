@@ -3,6 +3,7 @@
 An import that fails for a variable nobody thinks of any more would take down programs that never call.
 """
 
+import platform
 import sys
 
 import pytest
@@ -96,3 +97,28 @@ def test_machines_that_exist(isa):
             )
         else:
             assert said == "done"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="rounding is set through libm.so.6")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the numbers of modes are x86's")
+def test_the_callers_mode_of_rounding_changes_no_bit():
+    """A worker has its own mode: with the caller's, bits would depend on who computes them. It is given back, too."""
+    said = python(
+        """
+import ctypes
+libm = ctypes.CDLL("libm.so.6")
+x = np.random.default_rng(0).standard_normal((4, 2, 300, 32)).astype(np.float32)
+def results():
+    out, lse = tf.attention(*x[:3], scale=0.25, return_lse=True)
+    return out, lse, *tf.attention_grad(*x[:3], out, lse, x[3], scale=0.25)[:3]
+expected = results()
+for mode in (0x400, 0x800, 0xc00):  # downward, upward, toward zero
+    libm.fesetround(mode)
+    got = results()
+    print(libm.fegetround() == mode)
+    libm.fesetround(0)
+    print(all(np.array_equal(a, b) for a, b in zip(got, expected)))
+        """,
+        TILEFOLD_NUM_THREADS="1",
+    )
+    assert said == "True\n" * 6
