@@ -374,7 +374,8 @@ struct Tile : Lanes<K, T, NR> {
     void begin(const Desk<K, T>& desk, int64_t r0_, int64_t rows_) {
         const Call& c = desk.c;
         const Unit& u = desk.u;
-        this->open(c, u, r0_, rows_, desk.depth);
+        this->look(c, u, r0_, rows_);
+        this->pack(c, u, desk.depth);
         empty = !u.sinks;
         if (!empty) begin_total(c, u);
     }

@@ -189,7 +189,7 @@ struct Replay {
 
     void open_tile(int64_t r0, int64_t rows) {
         const T* const douts = static_cast<const T*>(to.dout);
-        lanes.open(c, u, r0, rows, depth);
+        lanes.pack(c, u, depth);
         pack_rows<T, E>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, dims * W, q);
         pack_rows<T, E>(douts, g.dout, c.group, r0, rows, c.v_dim, v_dims * W, dout);
         if constexpr (IN_TILES)
@@ -500,7 +500,7 @@ struct Replay {
         for (int64_t r0 = piece.r0; r0 < piece.r1; r0 += N, tile++) {
             if (w.stop(w.context)) return;
             const int64_t rows = least(N, piece.r1 - r0);
-            lanes.sight.look(c, u, r0, rows);
+            lanes.look(c, u, r0, rows);
             const bool none = lanes.sight.last <= lanes.sight.first;
             const int64_t first = none ? 0 : lanes.sight.first / piece.keys,
                           last = none ? 0 : (lanes.sight.last - 1) / piece.keys;

@@ -280,9 +280,11 @@ struct Lanes {
 
     void lay_out_queries(int64_t depth, Arena& a) { queries = a.template take<A>(depth * N); }
 
-    void open(const Call& c, const Unit& u, int64_t r0_, int64_t rows_, [[maybe_unused]] int64_t depth) {
+    void look(const Call& c, const Unit& u, int64_t r0_, int64_t rows_) {
         r0 = r0_, rows = rows_;
         sight.look(c, u, r0, rows);
+    }
+    void pack(const Call& c, const Unit& u, [[maybe_unused]] int64_t depth) {
         if constexpr (K::PAIR == 1)
             pack_columns<T, E, N>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, queries);
 #ifdef TILEFOLD_HAS_DOT2

@@ -125,7 +125,7 @@ class NativeBackend:
             _as_core_reads(dout),
             None if dlse is None else _as_core_reads(dlse),
             *(_plain(grad) for grad in (dq, dk, dv)),
-            None if dbias is None or x.bias is None else as_written(dbias, x.bias.shape),
+            None if dbias is None or x.bias is None else _as_written(dbias, x.bias.shape),
             dsinks,
             add,
         ]
@@ -184,7 +184,7 @@ def _plain(x: np.ndarray) -> np.ndarray:
     return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
 
 
-def as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """`x` broadcast to `shape`, as a view that may be written through."""
     strides = np.broadcast_to(x, shape).strides
     return np.lib.stride_tricks.as_strided(x, shape, strides)
