@@ -7,15 +7,14 @@ arrays of the kind that came in.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import shortcut
-from .arrays import enter_floats, leave
+from .arrays import door_of, enter_floats, leave
 from .call import DROPOUT, Call, Options, differentiated, flag, folded, understand
-from .frameworks import is_tensor
 from .layouts import empty_like, frames
 from .masks import Mask
 from .plan import Plan, backend_of
@@ -111,10 +110,9 @@ def attention(
         and cu_seqlens_k is None and q_lengths is None and kv_lengths is None and probes == () and out is None
         and invariant is False and backend == "auto" and plan is None and not unknown
     )  # fmt: skip
-    tensors = type(q) is not np.ndarray and is_tensor(q)
+    door = None if type(q) is np.ndarray else door_of(q)
     if simple:
-        known = _on_tensors().known if tensors else shortcut.known
-        result = known(q, k, v, causal, scale, softcap, return_lse)
+        result = (door or shortcut).known(q, k, v, causal, scale, softcap, return_lse)
         if result is not None:
             return result
     refuse_unknown(unknown)
@@ -125,8 +123,8 @@ def attention(
     )  # fmt: skip
     _check_probes(probes)
     return_lse = flag("return_lse", return_lse) or bool(probes)
-    if tensors and not probes:
-        return _on_tensors().attention(q, k, v, options, return_lse, out, backend, plan)
+    if door is not None and not probes:
+        return door.attention(q, k, v, options, return_lse, out, backend, plan)
     want = (Want.LSE if return_lse else Want(0)) | (Want.TAPS if probes else Want(0))
     call = folded(q, k, v, options, want=want, backend=backend, plan=plan, out=out)
     if simple:
@@ -136,13 +134,6 @@ def attention(
         seen = SimpleNamespace(**_replayed(call, probes))
         return result, leave(q, call.lse), seen
     return (result, leave(q, call.lse)) if return_lse else result
-
-
-def _on_tensors() -> ModuleType:
-    """PyTorch's own door: gradients, compilation, and calls that are known."""
-    from .arrays import torch
-
-    return torch
 
 
 def refuse_unknown(given: Iterable[str], known: Container[str] = ()) -> None:

@@ -16,11 +16,11 @@ from torch.autograd import forward_ad
 from ... import frameworks
 from ...call import Options
 from ...plan import Plan
-from . import operators
+from . import operators, tensors
 from .autograd import FORWARD, Attention, Transformed
 from .calls import How, known, run
 
-__all__ = ["attention", "known"]
+__all__ = ["attention", "known", "tensors"]
 
 
 def attention(
