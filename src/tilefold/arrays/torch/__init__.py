@@ -19,8 +19,9 @@ from ...plan import Plan
 from . import operators, tensors
 from .autograd import FORWARD, Attention, Transformed
 from .calls import How, known, run
+from .merge import merge
 
-__all__ = ["attention", "known", "tensors"]
+__all__ = ["attention", "known", "merge", "tensors"]
 
 
 def attention(
