@@ -156,9 +156,9 @@ def _heads(call: Any, acc: np.dtype) -> Iterator[_Head]:
                     slope = x.alibi[(*f.index, head)].astype(acc)
                     s = s - slope * np.abs(at - np.arange(f.kv_len)).astype(acc)
                 if x.bias is not None:
-                    bias = x.bias[(*f.index, head, rows, keys)].astype(acc)
-                    seen = seen & ~np.isneginf(bias)
-                    s = s + bias
+                    bias = x.bias[(*f.index, head, rows, keys)]
+                    seen = seen & ~np.isneginf(bias.astype(p.accumulate))
+                    s = s + bias.astype(acc)
                 s = np.where(seen, s, acc.type(-np.inf))
                 weights, lse = _softmax(
                     s, None if x.sinks is None else x.sinks[(*f.index, head)].astype(acc), seen
