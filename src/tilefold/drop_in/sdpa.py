@@ -33,7 +33,7 @@ _BOTTOM_RIGHT = causal()
 
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    is_causal: bool = False, scale: Any = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """What `torch.nn.functional.scaled_dot_product_attention` of PyTorch 2.13 gives, exactly and differentiably.
 
@@ -41,27 +41,27 @@ def scaled_dot_product_attention(
         query: ``(..., H, L, E)``, or ``(L, E)``; any strides.
         key, value: ``(..., H, S, E)`` and ``(..., H, S, Ev)``. Leading dimensions broadcast, without a copy.
         attn_mask: booleans, True = attend, or floats of query's type or float32 that are added to the scores, with a
-            gradient where they ask for one; broadcastable to ``(..., H, L, S)``. `torch.nn.attention.bias.causal_lower_right`
-            and `causal_upper_left` cost no memory here.
+            gradient where they ask for one; broadcastable to ``(..., H, L, S)`` and never expanded. What
+            `torch.nn.attention.bias` makes, `causal_lower_right` and `causal_upper_left`, takes no memory here.
         dropout_p: must be 0.
         is_causal: query i sees key j iff ``j <= i``, whatever the lengths; excludes `attn_mask`.
         scale: factor of the scores, ``1 / sqrt(E)`` by default.
-        enable_gqa: key and value may have fewer heads; query head h reads key head ``h // (H / Hkv)``. Nothing is copied.
+        enable_gqa: key and value may have fewer heads, never copied; query head h reads key head ``h // (H / Hkv)``.
 
     Returns:
         ``(..., H, L, Ev)`` in query's type and memory order. A row that sees no key is 0. NaN or infinity behind a
         mask reaches no output and no gradient (in PyTorch it may).
 
     Raises:
-        TypeError, ValueError: a wrong kind, value or shape, where PyTorch raises RuntimeError. The message names the argument,
-            what it was and what was expected.
+        TypeError, ValueError: a wrong kind, value or shape, where PyTorch raises RuntimeError. The message names the
+            argument, what it was and what was expected.
 
     >>> q, k, v = torch.randn(3, 2, 8, 100, 64)
     >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
     torch.Size([2, 8, 100, 64])
     """
     if dropout_p:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p!r}; {DROPOUT}")
+        _refuse_dropout(dropout_p)
     try:
         q, k, v = query.shape, key.shape, value.shape
         if (q[:-2] != k[:-2] or k[:-2] != v[:-2]) and not (
@@ -88,7 +88,7 @@ def _joined(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tupl
     if enable_gqa:
         key, value = _of_as_many_heads(query, key, value)
         lead = _broadcast(-3, query=query, key=key, value=value)
-        return tuple(x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))  # type: ignore[return-value]
+        return tuple(x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))
     lead = _broadcast(-2, query=query, key=key, value=value)
     shared = lead
     if key.shape[:-2][-1:] == value.shape[:-2][-1:] == (1,):
@@ -104,7 +104,9 @@ def _of_as_many_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     """Key and value with equally many heads, which divide those of query. Only where they differ is one repeated."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 3:
-            raise ValueError(f"{name} must have shape (..., heads, length, dim) for enable_gqa, got {_sizes(x)}")
+            raise ValueError(
+                f"{name} must have shape (..., heads, length, dim) for enable_gqa, got {_sizes(x)}"
+            )
     heads, k_heads, v_heads = query.shape[-3], key.shape[-3], value.shape[-3]
     for name, n in (("key", k_heads), ("value", v_heads)):
         if n == 0 or heads % n:
@@ -146,7 +148,9 @@ def _mask_and_bias(
     if attn_mask.dtype is torch.bool:
         return attn_mask, None
     if attn_mask.dtype is not torch.float32 and attn_mask.dtype is not query.dtype:
-        raise TypeError(f"attn_mask must be bool, float32 or {query.dtype} as query is, got {attn_mask.dtype}")
+        raise TypeError(
+            f"attn_mask must be bool, float32 or {query.dtype} as query is, got {attn_mask.dtype}"
+        )
     return None, attn_mask
 
 
@@ -169,15 +173,208 @@ def _complain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         raise ValueError(f"key must have query's last dimension {query.shape[-1]}, got {_sizes(key)}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have key's length {key.shape[-2]}, got {_sizes(value)}")
-    if attn_mask is not None and not isinstance(attn_mask, CausalBias):
-        shape = (*_broadcast(-2, query=query, key=query), query.shape[-2], key.shape[-2])
-        try:
-            fits = torch.broadcast_shapes(attn_mask.shape, shape)[-2:] == shape[-2:]
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(f"attn_mask must broadcast to (..., {shape[-2]}, {shape[-1]}), got {_sizes(attn_mask)}")
+    if attn_mask is None or isinstance(attn_mask, CausalBias) or query.shape[:-3] != key.shape[:-3]:
+        return
+    shape = (*query.shape[:-1], key.shape[-2])
+    try:
+        fits = torch.broadcast_shapes(attn_mask.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"attn_mask must broadcast to {shape}, got {_sizes(attn_mask)}")
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
+
+
+# ---- a block of code -----------------------------------------------------------------------------------------
+
+
+def use() -> TorchFunctionMode:
+    """A context in which torch's own scaled_dot_product_attention is the one above, for everything that calls it.
+
+    It holds for the thread that entered it, as `torch.no_grad` does, nests, and ends with the block, also by an
+    exception. Code under `torch.compile` is compiled once for inside and once for outside.
+
+    What tilefold does not do, torch goes on doing, so a model in training with dropout runs as before: calls with
+    dropout, with attn_mask and is_causal together, with tensors that are not in CPU memory, of other types or of
+    subclasses, and calls under `torch.nn.attention.sdpa_kernel` without FLASH_ATTENTION.
+
+    Gradients are tilefold's wherever the backward pass runs; only gradient checkpointing computes forward again, so its
+    backward pass belongs into the block too.
+
+    This is no override of torch's kernel, as `register` makes: that holds for all threads, and torch does not ask it
+    for 3-D or 5-D inputs, values of another width, masks with a gradient, or rows that are not contiguous.
+
+    >>> q = torch.randn(2, 8, 100, 64)
+    >>> with use():
+    ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    >>> bool((out == scaled_dot_product_attention(q, q, q)).all())
+    True
+    """
+    return _Use()
+
+
+class _Use(TorchFunctionMode):  # type: ignore[misc]  # torch is Any here
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _TORCHS:
+            return _either(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return _MULTI_HEAD(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _either(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Ours where it means the same, else torch's."""
+    if (
+        not dropout_p
+        and _plain(query) and _plain(key) and _plain(value)
+        and (attn_mask is None or (not is_causal and (_plain(attn_mask) or isinstance(attn_mask, CausalBias))))
+        and torch.backends.cuda.flash_sdp_enabled()
+    ):  # fmt: skip
+        return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    return _TORCHS(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool})
+
+
+def _plain(x: Any) -> bool:
+    """A tensor in CPU memory that stands for itself."""
+    return type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _TYPES and not x.is_nested
+
+
+def _with_either(function: Any) -> FunctionType:
+    """A function of torch.nn.functional that calls `_either` where it calls scaled_dot_product_attention.
+
+    A mode is off while it handles a call, so attention within a function of torch that asks modes first would escape.
+    Its code runs here over a module of the names it uses, which torch.compile looks up by name.
+    """
+    module = ModuleType(f"{__name__}.{function.__name__}", "Names of torch.nn.functional.")
+    names = {*function.__code__.co_names, "__builtins__"}
+    vars(module).update({name: x for name, x in vars(F).items() if name in names})
+    vars(module)[_TORCHS.__name__] = _either
+    sys.modules[module.__name__] = module
+    copy = FunctionType(
+        function.__code__, vars(module), function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_MULTI_HEAD = _with_either(F.multi_head_attention_forward)
+
+
+# ---- the whole process ---------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Make tilefold known to torch's registry of flash attention; nothing changes before it is activated there.
+
+    ``torch.nn.attention.activate_flash_attention_impl("tilefold")`` then runs every attention that torch gives to its
+    flash kernel on CPU: of functions, modules and compiled code, in all threads, forward and backward.
+    ``torch.nn.attention.restore_flash_attention_impl()`` gives torch's kernels back. To register twice does no harm.
+
+    Torch keeps to its plain method, as ever, for dropout, for inputs that are not 4-D, values of another width, masks
+    with a gradient, and rows that are not contiguous; but for dropout, `use` has those too.
+
+    >>> register()
+    >>> "tilefold" in torch.nn.attention.list_flash_attention_impls()
+    True
+    """
+    register_flash_attention_impl("tilefold", register_fn=_Installed)
+
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Installed:
+    """Torch's flash kernels for CPU replaced, until `remove`.
+
+    Compiled code relies on the memory order that torch's meta kernels announce, so they are asked for it here.
+    """
+
+    def __init__(self) -> None:
+        q = torch.empty(2, 3, 5, 7, device="meta")
+        self.out_as_query = all(
+            _FORWARD(x, x, x)[0].stride() == x.stride()
+            for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2))
+        )
+        out, lse = _FORWARD(q, q, q)
+        self.out, self.lse = _order(out), _order(lse)
+        self.grads = [_order(x) for x in _BACKWARD(out, q, q, q, out, lse, 0.0, False)]
+        self.library = Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
+            for op, kernel in ((_FORWARD, self.forward), (_BACKWARD, self.backward)):
+                self.library.impl(op.default, kernel, "CPU", allow_override=True)
+
+    def remove(self) -> None:
+        self.library._destroy()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+        *, attn_mask: Tensor | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        _refuse_dropout(dropout_p)
+        options = _options(attn_mask, is_causal, query, key)
+        out, lse = attention(query, key, value, scale=scale, return_lse=True, **options)
+        if attn_mask is not None:
+            lse.masked_fill_(lse == -math.inf, 0.0)  # what torch's kernel says of a row without keys
+        if not self.out_as_query:
+            out = _laid(out, self.out)
+        elif not query.is_contiguous() and out.stride() != (like := torch.empty_like(query)).stride():
+            out = like.copy_(out)
+        return out, _laid(lse, self.lse)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
+        dropout_p: float, is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        _refuse_dropout(dropout_p)
+        options = _options(attn_mask, is_causal, query, key)
+        grads = attention_grad(query, key, value, out, logsumexp, grad_out, scale=scale, **options)
+        return tuple(_laid(x, order) for x, order in zip(grads[:3], self.grads, strict=True))
+
+
+def _refuse_dropout(dropout_p: float) -> None:
+    if dropout_p:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p!r}; {DROPOUT}")
+
+
+def _options(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> dict[str, Any]:
+    """The mask options of `attention`. Torch's kernel applies attn_mask and is_causal both.
+
+    Booleans arrive here as floats, 0 and -inf; as booleans again they hide whole tiles and have no gradient.
+    """
+    options: dict[str, Any] = {}
+    if is_causal and query.shape[-2] == key.shape[-2]:
+        options["causal"] = True
+    elif is_causal:
+        options["mask"] = _TOP_LEFT
+    if attn_mask is None:
+        return options
+    seen = attn_mask == 0
+    if "mask" in options or not bool((seen | (attn_mask == -math.inf)).all()):
+        options["bias"] = attn_mask
+    else:
+        options["mask"] = seen
+    return options
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """The axes as they lie in memory, farthest steps first."""
+    return tuple(sorted(range(x.ndim), key=lambda axis: -x.stride(axis)))
+
+
+def _laid(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same values with their axes in that order in memory; `x` itself where they are."""
+    back = tuple(order.index(axis) for axis in range(x.ndim))
+    return x.permute(order).contiguous().permute(back)
