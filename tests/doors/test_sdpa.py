@@ -55,7 +55,8 @@ def expected(query, key, value, attn_mask, dout, dtype, *, is_causal=False, scal
              weights=None, saved=None):  # fmt: skip
     """(out, dq, dk, dv, dmask) in `dtype`, by the formulas; dmask is None for booleans and for no mask.
 
-    `weights` is a type that weights are rounded to; `saved` the output that a backward pass is given.
+    `weights` is a type that weights are rounded to; `saved` the output that a backward pass is given, whose gradients
+    are rounded to the types of what they belong to before torch sums them over what it broadcast.
     """
     q, k, v, dout = (x.detach().to(dtype) for x in (query, key, value, dout))
     k_many, v_many = k, v
@@ -81,19 +82,20 @@ def expected(query, key, value, attn_mask, dout, dtype, *, is_causal=False, scal
     out = rounded @ v_many
     delta = (dout * (out if saved is None else saved.detach().to(dtype))).sum(-1, keepdim=True)
     ds = p * (dout @ v_many.mT - delta)
-    dv = summed(p.mT @ dout, value, enable_gqa)
-    dk = summed(ds.mT @ q * factor, key, enable_gqa)
-    dq = summed(ds @ k_many * factor, query)
+    rounds = saved is not None
+    dv = summed(p.mT @ dout, value, enable_gqa, rounds)
+    dk = summed(ds.mT @ q * factor, key, enable_gqa, rounds)
+    dq = summed(ds @ k_many * factor, query, False, rounds)
     floats = attn_mask is not None and attn_mask.dtype is not torch.bool
     return out, dq, dk, dv, summed(ds, attn_mask) if floats else None
 
 
-def summed(gradient, of, grouped=False):
-    """A gradient summed over what was broadcast or repeated."""
+def summed(gradient, of, grouped=False, rounds=False):
+    """A gradient summed over what was repeated, then over what was broadcast."""
     if grouped:
         heads = of.shape[-3]
         gradient = gradient.unflatten(-3, (heads, gradient.shape[-3] // heads)).sum(-3)
-    return gradient.sum_to_size(of.shape)
+    return (gradient.to(of.dtype).to(gradient.dtype) if rounds else gradient).sum_to_size(of.shape)
 
 
 def nudged(x, dtype, seed):
@@ -138,9 +140,11 @@ def complaints(got, inputs, dout, **options):
     return wrong
 
 
-def run(call, inputs, dout=None, **options):
-    """(out, dq, dk, dv, dmask) of a call, and the gradient it was asked for."""
+def run(call, inputs, dout=None, frozen=False, **options):
+    """(out, dq, dk, dv, dmask) of a call, and the gradient it was asked for; `frozen` masks need none."""
     leaves = [x if x is None or x.dtype is torch.bool else x.detach().requires_grad_() for x in inputs]
+    if frozen and leaves[3] is not None:
+        leaves[3] = leaves[3].detach()
     out = call(*leaves, **options)
     dout = tensors(out.shape, dtype=out.dtype, seed=5)[0] if dout is None else dout
     wanted = [x for x in leaves if x is not None and x.requires_grad]
@@ -148,10 +152,10 @@ def run(call, inputs, dout=None, **options):
     return [out, *(next(grads) if x is not None and x.requires_grad else None for x in leaves)], dout
 
 
-def check(query, key, value, attn_mask=None, call=scaled_dot_product_attention, **options):
+def check(query, key, value, attn_mask=None, call=scaled_dot_product_attention, frozen=False, **options):
     """Output and gradients of a call against the formulas; without gradients the output has the same bits."""
     inputs = (query, key, value, attn_mask)
-    got, dout = run(call, inputs, **options)
+    got, dout = run(call, inputs, frozen=frozen, **options)
     assert not complaints(got, inputs, dout, **options)
     with torch.no_grad():
         assert torch.equal(call(*inputs, **options), got[0])
@@ -276,7 +280,19 @@ def test_scale_may_be_a_tensor():
 
 # ---- masks ---------------------------------------------------------------------------------------------------
 
-MASKS = [(), (7,), (1, 7), (5, 1), (5, 7), (4, 5, 7), (1, 1, 5, 7), (2, 1, 1, 7), (1, 4, 1, 7), (2, 4, 5, 1), CELLS]
+MASKS = [
+    (),
+    (7,),
+    (1, 7),
+    (5, 1),
+    (5, 7),
+    (4, 5, 7),
+    (1, 1, 5, 7),
+    (2, 1, 1, 7),
+    (1, 4, 1, 7),
+    (2, 4, 5, 1),
+    CELLS,
+]
 
 
 def mask_of(kind, shape, dtype=torch.float32):
@@ -298,7 +314,9 @@ def test_masks(kind, shape):
 
 @pytest.mark.parametrize("shape", [(5, 7), (4, 1, 7), (1, 4, 5, 7)], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float", "hiding"])
-@pytest.mark.parametrize("shapes", [SHAPES["5-D"], BROADCAST["2-D keys"], BROADCAST["keys of one head"]], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [SHAPES["5-D"], BROADCAST["2-D keys"], BROADCAST["keys of one head"]], ids=str
+)
 def test_masks_of_other_shapes(shapes, kind, shape):
     check(*tensors(*shapes), mask_of(kind, shape))
 
@@ -405,3 +423,611 @@ def test_memory_that_is_read_more_than_once():
 def test_the_output_has_the_memory_order_of_query(dims):
     q, k, v = (x.transpose(*dims).contiguous().transpose(*dims) for x in qkv())
     assert scaled_dot_product_attention(q, k, v).transpose(*dims).is_contiguous()
+
+
+# ---- errors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"dropout_p": 0.1}, ValueError, "dropout_p must be 0, got 0.1; dropout is not offered"),
+        ({"query": np.ones((5, 8))}, TypeError, "query must be a torch.Tensor, got ndarray"),
+        ({"value": None}, TypeError, "value must be a torch.Tensor, got NoneType"),
+        ({"attn_mask": [True]}, TypeError, "attn_mask must be a torch.Tensor, got list"),
+        ({"key": torch.ones(2, 4, 7, 8, device="meta")}, TypeError, "key must be in CPU memory, got a tensor on meta"),
+        ({"query": torch.ones(8)}, ValueError, r"query must have shape \(..., length, dim\), got \(8,\)"),
+        ({"key": torch.ones(2, 4, 7, 8, dtype=torch.half)}, TypeError, "key must be torch.float32 as query is, got"),
+        ({"key": torch.ones(2, 4, 7, 6)}, ValueError, r"key must have query's last dimension 8, got \(2, 4, 7, 6\)"),
+        ({"value": torch.ones(2, 4, 6, 8)}, ValueError, r"value must have key's length 7, got \(2, 4, 6, 8\)"),
+        (
+            {"key": torch.ones(2, 2, 7, 8), "value": torch.ones(2, 2, 7, 8)}, ValueError,
+            r"must broadcast, got query \(2, 4, 5, 8\), key \(2, 2, 7, 8\), .*enable_gqa=True shares key heads",
+        ),
+        ({"query": torch.ones(3, 4, 5, 8)}, ValueError, r"leading dimensions must broadcast, got query \(3, 4, 5, 8\)"),
+        (
+            {"query": torch.ones(3, 4, 5, 8), "enable_gqa": True}, ValueError,
+            r"leading dimensions must broadcast, got query \(3, 4, 5, 8\)",
+        ),
+        (
+            {"query": torch.ones(2, 6, 5, 8), "enable_gqa": True}, ValueError,
+            "key must have heads that divide the 6 of query, got 4",
+        ),
+        (
+            {"key": torch.ones(7, 8), "enable_gqa": True}, ValueError,
+            r"key must have shape \(..., heads, length, dim\) for enable_gqa, got \(7, 8\)",
+        ),
+        ({"attn_mask": torch.ones(5, 7), "is_causal": True}, ValueError, "attn_mask must be None with is_causal=True"),
+        ({"attn_mask": torch.ones(5, 7, dtype=torch.int64)}, TypeError, "attn_mask must be bool, float32 or torch.float32"),
+        ({"attn_mask": torch.ones(5, 7).double()}, TypeError, "attn_mask must be .*, got torch.float64"),
+        ({"attn_mask": torch.ones(5, 6)}, ValueError, r"attn_mask must broadcast to \(2, 4, 5, 7\), got \(5, 6\)"),
+        (
+            {"attn_mask": torch.ones(3, 1, 5, 7).bool()}, ValueError,
+            r"attn_mask must broadcast to \(2, 4, 5, 7\), got \(3, 1, 5, 7\)",
+        ),
+        (
+            {"attn_mask": torch.ones(1, 2, 4, 5, 7)}, ValueError,
+            r"attn_mask must broadcast to \(2, 4, 5, 7\), got \(1, 2, 4, 5, 7\)",
+        ),
+        ({"attn_mask": causal_lower_right(4, 7)}, ValueError, r"lengths of query and key \(5, 7\), got \(4, 7\)"),
+        ({"is_causal": 1}, TypeError, "causal must be True or False, got int"),
+        ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+        ({"scale": NAN}, ValueError, "scale must be finite, got nan"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_wrong_use_says_what_is_wrong(change, kind, says):
+    arguments = dict(zip(("query", "key", "value"), qkv(), strict=True)) | change
+    with pytest.raises(kind, match=says):
+        scaled_dot_product_attention(**arguments)
+
+
+def test_gradients_once():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    (dq,) = torch.autograd.grad(scaled_dot_product_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+# ---- transforms of torch -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own compiler
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        (None, {}),
+        (None, {"is_causal": True}),
+        ("bool", {}),
+        ("hiding", {"scale": 0.3}),
+    ],
+    ids=["plain", "causal", "bool", "hiding"],
+)
+def test_compiled(mask, options, backend):
+    inputs = (*qkv(), None if mask is None else mask_of(mask, (5, 7)))
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend=backend)
+    got, dout = run(compiled, inputs, **options)
+    right, _ = run(scaled_dot_product_attention, inputs, dout, **options)
+    for mine, known in zip(got, right, strict=True):
+        assert (mine is None and known is None) or torch.equal(mine, known)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_broadcast_and_grouped_heads():
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    for shapes, grouped in ((BROADCAST["2-D keys"], False), (GROUPED["4-D"], True), (GROUPED["3-D"], True)):
+        inputs = (*tensors(*shapes), None)
+        got, dout = run(compiled, inputs, enable_gqa=grouped)
+        assert not complaints(got, inputs, dout, enable_gqa=grouped)
+
+
+def test_vmap_is_a_loop():
+    q, k, v = qkv()
+    mask = mask_of("hiding", (2, 1, 5, 7))
+    stacked = torch.vmap(scaled_dot_product_attention)(q, k, v, mask)
+    for n in range(2):
+        assert torch.equal(stacked[n], scaled_dot_product_attention(q[n], k[n], v[n], mask[n]))
+    shared = torch.vmap(scaled_dot_product_attention, in_dims=(0, None, None))(q, k[0], v[0])
+    assert torch.equal(shared[1], scaled_dot_product_attention(q[1], k[0], v[0]))
+
+
+def test_functional_gradients_are_those_of_autograd():
+    inputs = (*qkv(), mask_of("float", (5, 7)))
+    (out, *grads), dout = run(scaled_dot_product_attention, inputs)
+    got, pull = torch.func.vjp(scaled_dot_product_attention, *inputs)
+    assert torch.equal(got, out)
+    for mine, known in zip(pull(dout), grads, strict=True):
+        assert torch.equal(mine, known)
+
+
+@pytest.mark.parametrize("way", ["called", "in use"])
+def test_autocast_computes_in_its_type(way):
+    q, k, v = qkv()
+    mask = mask_of("hiding", (5, 7))
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    call = scaled_dot_product_attention if way == "called" else F.scaled_dot_product_attention
+    with sdpa.use() if way == "in use" else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+        got = call(q, k, v)
+        masked = call(q, k, v, mask)
+        assert call(q.double(), k.double(), v.double()).dtype is torch.float64
+        assert call(q, narrow[1], v, mask.bfloat16()).dtype is torch.bfloat16
+    assert torch.equal(got, scaled_dot_product_attention(*narrow))
+    assert not complaints([masked], (*narrow, mask.bfloat16()), masked)
+
+
+# ---- use -----------------------------------------------------------------------------------------------------
+
+
+def test_use_reaches_calls_of_torchs_function_by_any_name():
+    inputs = qkv()
+    torchs, ours = bits_of_torch(*inputs), scaled_dot_product_attention(*inputs)
+    from torch._C._nn import scaled_dot_product_attention as another_name
+
+    with sdpa.use():
+        for call in (F.scaled_dot_product_attention, another_name):
+            assert torch.equal(call(*inputs), ours)
+        assert torch.equal(
+            F.scaled_dot_product_attention(query=inputs[0], key=inputs[1], value=inputs[2]), ours
+        )
+    assert torch.equal(F.scaled_dot_product_attention(*inputs), torchs)
+
+
+@pytest.mark.parametrize("shapes", [*SHAPES.values(), *BROADCAST.values()], ids=[*SHAPES, *BROADCAST])
+def test_use_takes_all_shapes(shapes):
+    with sdpa.use():
+        check(*tensors(*shapes), call=F.scaled_dot_product_attention, is_causal=True)
+
+
+def test_use_nests_and_ends_with_the_block():
+    inputs = qkv()
+    torchs, ours = bits_of_torch(*inputs), scaled_dot_product_attention(*inputs)
+    with sdpa.use():
+        with pytest.raises(ZeroDivisionError), sdpa.use():
+            assert torch.equal(F.scaled_dot_product_attention(*inputs), ours)
+            raise ZeroDivisionError
+        assert torch.equal(F.scaled_dot_product_attention(*inputs), ours)
+        mode = sdpa.use()
+        for _ in range(2):  # one object, used again
+            with mode:
+                assert torch.equal(F.scaled_dot_product_attention(*inputs), ours)
+    assert torch.equal(F.scaled_dot_product_attention(*inputs), torchs)
+
+
+def test_use_holds_for_its_thread():
+    """Threads inside and outside at the same time: each has its own bits, every time."""
+    inputs = qkv()
+    torchs, ours = bits_of_torch(*inputs), scaled_dot_product_attention(*inputs)
+    start, wrong = threading.Barrier(4), []
+
+    def work(way, known):
+        start.wait()
+        for _ in range(50):
+            with way():
+                wrong.extend([] if torch.equal(F.scaled_dot_product_attention(*inputs), known) else [way])
+
+    ways = [(sdpa.use, ours), (nullcontext, torchs)] * 2
+    threads = [threading.Thread(target=work, args=way) for way in ways]
+    with sdpa.use():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_use_and_compile(backend):
+    """Compiled code asks where it is called: inside it is tilefold, outside torch, in any order."""
+    inputs = qkv()
+
+    def call(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    torchs, ours = call(*inputs), scaled_dot_product_attention(*inputs, is_causal=True)
+    assert not torch.equal(torchs, ours)
+    for _ in range(2):
+        with sdpa.use():
+            assert torch.equal(compiled(*inputs), ours)
+        assert torch.equal(compiled(*inputs), torchs)
+    with sdpa.use():
+        got, dout = run(compiled, (*inputs, None)[:3])
+    assert not complaints(got, (*inputs, None), dout, is_causal=True)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_use_within_compiled_code():
+    inputs = qkv()
+
+    def call(q, k, v):
+        with sdpa.use():
+            return F.scaled_dot_product_attention(q, k, v)
+
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(got, scaled_dot_product_attention(*inputs))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    "call",
+    {
+        "dropout": lambda sdp, q, k, v: sdp(q, k, v, dropout_p=0.5),
+        "mask and causal": lambda sdp, q, k, v: sdp(q, k, v, torch.ones(5, 7) > 0, is_causal=True),
+        "subclass": lambda sdp, q, k, v: sdp(q.as_subclass(Subclass), k, v),
+        "meta": lambda sdp, q, k, v: sdp(q.to("meta"), k.to("meta"), v.to("meta")),
+        "nested": lambda sdp, q, k, v: sdp(*[torch.nested.nested_tensor([*x]) for x in (q, k, v)]).unbind()[
+            0
+        ],
+    }.items(),
+    ids=lambda x: x[0],
+)
+def test_use_leaves_to_torch_what_tilefold_does_not_do(call):
+    """The same bits as outside, random ones too."""
+    results = []
+    for way in (nullcontext, sdpa.use):
+        torch.manual_seed(0)
+        with way():
+            results.append(call[1](F.scaled_dot_product_attention, *qkv()))
+    outside, inside = results
+    assert type(outside) is type(inside)
+    assert outside.device == inside.device
+    assert outside.is_meta or torch.equal(outside, inside)
+
+
+def test_use_obeys_the_choice_of_a_kernel():
+    """The plain method can be differentiated twice; who asked for it gets it."""
+    q, k, v = (x.double().requires_grad_() for x in qkv())
+    with sdpa.use(), sdpa_kernel(SDPBackend.MATH):
+        (dq,) = torch.autograd.grad(
+            F.scaled_dot_product_attention(q, k, v).square().sum(), q, create_graph=True
+        )
+        assert torch.isfinite(torch.autograd.grad(dq.sum(), k)[0]).all()
+    inputs = qkv()
+    with sdpa.use(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        ours = F.scaled_dot_product_attention(*inputs)
+    assert torch.equal(ours, scaled_dot_product_attention(*inputs))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_use_and_gradient_checkpointing(use_reentrant):
+    inputs = (*qkv(), None)
+
+    def again(*args):
+        return checkpoint(F.scaled_dot_product_attention, *args, use_reentrant=use_reentrant)
+
+    with sdpa.use():
+        got, dout = run(again, inputs)
+    right, _ = run(scaled_dot_product_attention, inputs, dout)
+    for mine, known in zip(got[:4], right[:4], strict=True):
+        assert torch.equal(mine, known)
+
+
+# ---- torch's registry ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def activated():
+    sdpa.register()
+    activate_flash_attention_impl("tilefold")
+    yield
+    restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_register_changes_nothing_by_itself():
+    torchs = bits_of_torch(*qkv())
+    sdpa.register()
+    sdpa.register()
+    assert list_flash_attention_impls().count("tilefold") == 1
+    assert current_flash_attention_impl() is None
+    assert torch.equal(F.scaled_dot_product_attention(*qkv()), torchs)
+
+
+def test_activated_and_restored():
+    """Forward and backward are tilefold's, then torch's again, to the bit; as often as one likes."""
+    inputs = (*qkv(), mask_of("bool", (5, 7)))
+    torchs, dout = run(F.scaled_dot_product_attention, inputs)
+    ours, _ = run(scaled_dot_product_attention, inputs, dout)
+    assert not any(torch.equal(x, y) for x, y in zip(ours[:4], torchs[:4], strict=True))
+    sdpa.register()
+    for _ in range(2):
+        activate_flash_attention_impl("tilefold")
+        assert current_flash_attention_impl() == "tilefold"
+        inside, _ = run(F.scaled_dot_product_attention, inputs, dout)
+        restore_flash_attention_impl()
+        outside, _ = run(F.scaled_dot_product_attention, inputs, dout)
+        assert all(torch.equal(x, y) for x, y in zip(inside[:4], ours[:4], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(outside[:4], torchs[:4], strict=True))
+
+
+@pytest.fixture
+def counted(activated, monkeypatch):
+    """How often the activated kernels ran: [forward, backward]."""
+    counts = [0, 0]
+
+    def counting(n, function):
+        def counted(*args, **options):
+            counts[n] += 1
+            return function(*args, **options)
+
+        return counted
+
+    monkeypatch.setattr(sdpa, "attention", counting(0, sdpa.attention))
+    monkeypatch.setattr(sdpa, "attention_grad", counting(1, sdpa.attention_grad))
+    return counts
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("kind", [None, "bool", "float", "hiding"])
+def test_activated_kernels(kind, is_causal, dtype, counted):
+    """Torch's kernel takes a mask and is_causal together, so this one does."""
+    mask = None if kind is None else mask_of(kind, (2, 1, 5, 7), dtype)
+    check(*qkv(dtype), mask, call=F.scaled_dot_product_attention, frozen=True, is_causal=is_causal)
+    assert counted == [2, 1]
+
+
+@pytest.mark.usefixtures("activated")
+@pytest.mark.parametrize("shapes", [*SHAPES.values(), *BROADCAST.values()], ids=[*SHAPES, *BROADCAST])
+def test_activated_with_all_shapes(shapes):
+    """Also those that torch gives to its plain method."""
+    check(*tensors(*shapes), call=F.scaled_dot_product_attention, is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_activated_with_grouped_heads(dtype, counted):
+    check(*tensors(*GROUPED["4-D"], dtype=dtype), call=F.scaled_dot_product_attention, enable_gqa=True)
+    assert counted == [2, 1]
+
+
+@pytest.mark.usefixtures("activated")
+@pytest.mark.parametrize("order", [lambda x: x, *list(ORDERS.values())[:3]], ids=["plain", *list(ORDERS)[:3]])
+def test_activated_kernels_keep_the_memory_order_of_torchs(order):
+    """Compiled code relies on what the kernels of meta tensors announce."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    q, k, v = (order(x) for x in qkv())
+    made = {}
+    for device in ("cpu", "meta"):
+        x, y, z = (torch.empty_strided(t.shape, t.stride(), device=device).zero_() for t in (q, k, v))
+        out, lse = forward(x, y, z)
+        made[device] = [
+            (t.shape, t.stride(), t.dtype) for t in (out, lse, *backward(out, x, y, z, out, lse, 0.0, False))
+        ]
+    assert made["cpu"] == made["meta"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_activated_kernels_return_the_sums_of_torchs(dtype):
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = qkv(dtype)
+    mask = mask_of("hiding", CELLS, dtype)
+    _, right = forward(q, k, v, attn_mask=mask)
+    sdpa.register()
+    activate_flash_attention_impl("tilefold")
+    _, lse = forward(q, k, v, attn_mask=mask)
+    restore_flash_attention_impl()
+    assert (lse.dtype, lse.stride()) == (right.dtype, right.stride())
+    assert (lse[..., 2] == 0).all()
+    torch.testing.assert_close(lse, right)
+
+
+@pytest.mark.usefixtures("activated")
+def test_activated_refuses_dropout():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="dropout_p must be 0, got 0.5"):
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.5)
+    assert F.scaled_dot_product_attention(q, k, v, dropout_p=0.5).shape == q.shape
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_activated_and_compiled(counted):
+    """Compiled code asks when it runs; what is compiled inside goes on outside."""
+    inputs = (*qkv(), mask_of("bool", (5, 7)))
+
+    def call(q, k, v, mask):
+        return F.scaled_dot_product_attention(q.sin(), k.cos(), v, mask).sin()
+
+    compiled = torch.compile(call, fullgraph=True)
+    right, dout = run(call, inputs)
+    counted[:] = [0, 0]
+    got, _ = run(compiled, inputs, dout)
+    assert counted == [1, 1]
+    for mine, known in zip(got[:4], right[:4], strict=True):
+        torch.testing.assert_close(mine, known)
+    restore_flash_attention_impl()
+    outside, _ = run(compiled, inputs, dout)
+    assert counted == [1, 1]
+    for mine, known in zip(outside[:4], right[:4], strict=True):
+        torch.testing.assert_close(mine, known)
+
+
+# ---- modules -------------------------------------------------------------------------------------------------
+
+
+class Tiny(torch.nn.Module):
+    """Two layers of attention with a causal mask, as people write them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = torch.nn.Embedding(11, 16)
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(16, 48) for _ in range(2))
+        self.proj = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(2))
+        self.head = torch.nn.Linear(16, 11)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for qkv, proj in zip(self.qkv, self.proj, strict=True):
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + proj(seen.transpose(1, 2).flatten(2))
+        return self.head(x)
+
+
+def trained(dtype, way, activate=False):
+    """Losses and parameters of a few steps."""
+    model = Tiny().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (tokens,) = (torch.arange(40).reshape(2, 20) * 7 % 11,)
+    losses = []
+    for _ in range(5):
+        with way():
+            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), model.state_dict()
+
+
+def as_far_off_as_torch(ours, torchs, right):
+    """Errors of float32 against float64, with the budget that torch's own error gives."""
+    return [
+        str(error)
+        for name, x, y, z in zip(map(str, range(len(ours))), ours, torchs, right, strict=True)
+        if not (error := judge(name, array(x), (array(y),), array(z), "float32")).ok
+    ]
+
+
+def plainly():
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def test_training_is_that_of_torch():
+    ours = trained(torch.float32, sdpa.use)
+    torchs = trained(torch.float32, nullcontext)
+    right = trained(torch.float64, plainly)
+    assert not torch.equal(ours[0], torchs[0])
+    assert [*ours[1]] == [*torchs[1]]
+    assert ours[0][-1] < ours[0][0]
+    assert not as_far_off_as_torch(*([x[0], *x[1].values()] for x in (ours, torchs, right)))
+
+
+MODULES = {
+    "MultiheadAttention": lambda: torch.nn.MultiheadAttention(16, 2, batch_first=True),
+    "TransformerEncoderLayer": lambda: torch.nn.TransformerEncoderLayer(
+        16, 2, 32, dropout=0.0, batch_first=True
+    ),
+    "TransformerDecoderLayer": lambda: torch.nn.TransformerDecoderLayer(
+        16, 2, 32, dropout=0.0, batch_first=True
+    ),
+    "TransformerEncoder": lambda: torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+        2,
+        enable_nested_tensor=False,
+    ),
+}
+ATTENTIONS = {
+    "MultiheadAttention": 1,
+    "TransformerEncoderLayer": 1,
+    "TransformerDecoderLayer": 2,
+    "TransformerEncoder": 2,
+}
+
+
+def module_and_call(name, dtype=torch.float32):
+    """A module of torch, and a function of its input that runs it with a causal mask."""
+    torch.manual_seed(2)
+    module = MODULES[name]().to(dtype)
+    hidden = torch.ones(9, 9).triu(1) > 0
+
+    def call(x):
+        if name == "MultiheadAttention":
+            return module(x, x, x, attn_mask=hidden, need_weights=False)[0]
+        if name == "TransformerDecoderLayer":
+            return module(x, x.flip(1), tgt_mask=hidden)
+        return module(x, hidden)
+
+    return module, call
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("way", ["in use", "activated"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_torch(name, way, train, monkeypatch):
+    """Every attention of a module is tilefold's, and so is its gradient."""
+    (x,) = tensors((2, 9, 16))
+    results = {}
+    counts = [0]
+
+    def counting(*args, **options):
+        counts[0] += 1
+        return attention(*args, **options)
+
+    attention = sdpa.attention
+    monkeypatch.setattr(sdpa, "attention", counting)
+    for kind, dtype in (("ours", torch.float32), ("torchs", torch.float32), ("right", torch.float64)):
+        module, call = module_and_call(name, dtype)
+        module.train(train)
+        inside = nullcontext()
+        if kind == "right":
+            inside = plainly()
+        elif kind == "ours" and way == "in use":
+            inside = sdpa.use()
+        elif kind == "ours":
+            sdpa.register()
+            activate_flash_attention_impl("tilefold")
+        with inside:
+            leaf = x.to(dtype).requires_grad_()
+            out = call(leaf)
+            results[kind] = [out, *torch.autograd.grad(out.sin().sum(), [leaf, *module.parameters()])]
+        if kind == "ours" and way == "activated":
+            restore_flash_attention_impl()
+        if kind == "ours":
+            assert counts == [ATTENTIONS[name]]
+    assert counts == [ATTENTIONS[name]]
+    assert not torch.equal(results["ours"][0], results["torchs"][0])
+    assert not as_far_off_as_torch(results["ours"], results["torchs"], results["right"])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoder"])
+def test_use_and_compiled_modules(name):
+    (x,) = tensors((2, 9, 16))
+    _, call = module_and_call(name)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torchs = call(x)
+    with sdpa.use():
+        ours = call(x)
+        assert torch.equal(compiled(x), ours)
+    assert not torch.equal(torchs, ours)
+    assert torch.equal(compiled(x), torchs)
+
+
+def test_a_module_in_training_with_dropout_runs_as_it_did():
+    (x,) = tensors((2, 9, 16))
+    module = torch.nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True)
+    results = []
+    for way in (nullcontext, sdpa.use):
+        torch.manual_seed(0)
+        with way():
+            results.append(module(x, x, x, need_weights=False)[0])
+    assert torch.equal(*results)
+
+
+def test_a_module_without_gradients():
+    """Where torch would run a whole layer as one kernel of its own, outside of `use`."""
+    (x,) = tensors((2, 9, 16))
+    module = MODULES["TransformerEncoderLayer"]().eval()
+    with torch.no_grad():
+        torchs = module(x)
+        with sdpa.use():
+            ours = module(x)
+    torch.testing.assert_close(ours, torchs)
+    assert not torch.equal(ours, torchs)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))

@@ -79,6 +79,10 @@ def scaled_dot_product_attention(
         return attention(query, key, value, mask, causal=is_causal, scale=scale, bias=bias)
     except (AttributeError, TypeError, ValueError):
         _complain(query, key, value, attn_mask)
+        if query.ndim > 2 and query.shape[-3] == key.shape[-3] == 0:
+            return (
+                query @ key.mT @ value
+            )  # no heads, which `attention` does not take: nothing in the right shape
         raise
 
 
@@ -147,7 +151,7 @@ def _mask_and_bias(
         return _BOTTOM_RIGHT, None
     if attn_mask.dtype is torch.bool:
         return attn_mask, None
-    if attn_mask.dtype is not torch.float32 and attn_mask.dtype is not query.dtype:
+    if attn_mask.dtype not in (torch.float32, query.dtype) and not torch.is_autocast_enabled("cpu"):
         raise TypeError(
             f"attn_mask must be bool, float32 or {query.dtype} as query is, got {attn_mask.dtype}"
         )
