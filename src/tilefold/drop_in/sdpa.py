@@ -77,20 +77,18 @@ def scaled_dot_product_attention(
         if scale is not None and isinstance(scale, Tensor):
             scale = scale.item()
         return attention(query, key, value, mask, causal=is_causal, scale=scale, bias=bias)
-    except (AttributeError, TypeError, ValueError):
-        _complain(query, key, value, attn_mask)
-        if query.ndim > 2 and query.shape[-3] == key.shape[-3] == 0:
-            return (
-                query @ key.mT @ value
-            )  # no heads, which `attention` does not take: nothing in the right shape
+    except Exception:
+        _complain(query, key, value, attn_mask, enable_gqa)
+        if query.shape[-3:-2] == key.shape[-3:-2] == (0,):  # `attention` asks for a head
+            return query @ key.mT @ value
         raise
 
 
 def _joined(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The three under common leading dimensions, as views. Key heads stay as few as they are where all share them."""
-    _complain(query, key, value)
+    _complain(query, key, value, None, enable_gqa)
     if enable_gqa:
-        key, value = _of_as_many_heads(query, key, value)
+        key, value = _of_as_many_heads(key, value)
         lead = _broadcast(-3, query=query, key=key, value=value)
         return tuple(x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))
     lead = _broadcast(-2, query=query, key=key, value=value)
@@ -104,17 +102,9 @@ def _joined(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tupl
     )
 
 
-def _of_as_many_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value with equally many heads, which divide those of query. Only where they differ is one repeated."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim < 3:
-            raise ValueError(
-                f"{name} must have shape (..., heads, length, dim) for enable_gqa, got {_sizes(x)}"
-            )
-    heads, k_heads, v_heads = query.shape[-3], key.shape[-3], value.shape[-3]
-    for name, n in (("key", k_heads), ("value", v_heads)):
-        if n == 0 or heads % n:
-            raise ValueError(f"{name} must have heads that divide the {heads} of query, got {n}")
+def _of_as_many_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value with equally many heads. Only where they differ is one repeated."""
+    k_heads, v_heads = key.shape[-3], value.shape[-3]
     common = math.lcm(k_heads, v_heads)
     if k_heads < common:
         key = key.repeat_interleave(common // k_heads, -3)
@@ -158,7 +148,7 @@ def _mask_and_bias(
     return None, attn_mask
 
 
-def _complain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> None:
+def _complain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> None:
     """What is wrong with the tensors, by the names of this signature. Asked only once something is."""
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     if attn_mask is None:
@@ -173,6 +163,8 @@ def _complain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
             raise ValueError(f"{name} must have shape (..., length, dim), got {_sizes(x)}")
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must be {query.dtype} as query is, got {x.dtype}")
+        if enable_gqa:
+            _complain_of_heads(name, x, query)
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have query's last dimension {query.shape[-1]}, got {_sizes(key)}")
     if value.shape[-2] != key.shape[-2]:
@@ -186,6 +178,14 @@ def _complain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         fits = False
     if not fits:
         raise ValueError(f"attn_mask must broadcast to {shape}, got {_sizes(attn_mask)}")
+
+
+def _complain_of_heads(name: str, x: Tensor, query: Tensor) -> None:
+    if x.ndim < 3:
+        raise ValueError(f"{name} must have shape (..., heads, length, dim) for enable_gqa, got {_sizes(x)}")
+    heads, n = query.shape[-3], x.shape[-3]
+    if x is not query and (heads % n if n else heads):
+        raise ValueError(f"{name} must have heads that divide the {heads} of query, got {n}")
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
@@ -224,8 +224,9 @@ class _Use(TorchFunctionMode):  # type: ignore[misc]  # torch is Any here
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _TORCHS:
             return _either(*args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:
-            return _MULTI_HEAD(*args, **(kwargs or {}))
+        if func in _ASKING:
+            with self:
+                return _ASKING[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -252,16 +253,17 @@ def _plain(x: Any) -> bool:
     return type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _TYPES and not x.is_nested
 
 
-def _with_either(function: Any) -> FunctionType:
-    """A function of torch.nn.functional that calls `_either` where it calls scaled_dot_product_attention.
+def _not_asking(function: Any) -> FunctionType:
+    """A Python function of torch that does its work at once, where it would first ask modes to do it.
 
-    A mode is off while it handles a call, so attention within a function of torch that asks modes first would escape.
-    Its code runs here over a module of the names it uses, which torch.compile looks up by name.
+    A mode is off while it handles a call, so attention within such a function would escape it: that of a module, or what
+    a backward pass computes again. The code is torch's own, over a module of the names that it uses; torch.compile looks
+    modules up by name.
     """
-    module = ModuleType(f"{__name__}.{function.__name__}", "Names of torch.nn.functional.")
+    module = ModuleType(f"{__name__}.{function.__name__}", "Names that a function of torch uses.")
     names = {*function.__code__.co_names, "__builtins__"}
-    vars(module).update({name: x for name, x in vars(F).items() if name in names})
-    vars(module)[_TORCHS.__name__] = _either
+    vars(module).update({name: x for name, x in function.__globals__.items() if name in names})
+    vars(module).update({name: _no for name in names if name.startswith("has_torch_function")})
     sys.modules[module.__name__] = module
     copy = FunctionType(
         function.__code__, vars(module), function.__name__, function.__defaults__, function.__closure__
@@ -270,7 +272,14 @@ def _with_either(function: Any) -> FunctionType:
     return copy
 
 
-_MULTI_HEAD = _with_either(F.multi_head_attention_forward)
+def _no(*_: Any) -> bool:
+    return False
+
+
+_ASKING = {
+    function: _not_asking(function)
+    for function in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.grad)
+}
 
 
 # ---- the whole process ---------------------------------------------------------------------------------------
