@@ -982,7 +982,7 @@ def module_and_call(name, dtype=torch.float32):
             return module(x, x, x, attn_mask=hidden, need_weights=False)[0]
         if name == "TransformerDecoderLayer":
             return module(x, x.flip(1), tgt_mask=hidden)
-        return module(x, hidden)
+        return module(x, hidden, is_causal=name == "TransformerEncoder")
 
     return module, call
 

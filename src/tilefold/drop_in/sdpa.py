@@ -220,13 +220,15 @@ def use() -> TorchFunctionMode:
     return _Use()
 
 
-class _Use(TorchFunctionMode):  # type: ignore[misc]  # torch is Any here
+class _Use(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _TORCHS:
             return _either(*args, **(kwargs or {}))
-        if func in _ASKING:
+        if func is F.multi_head_attention_forward:
+            return _MULTI_HEAD(*args, **(kwargs or {}))
+        if func in _PULLS:
             with self:
-                return _ASKING[func](*args, **(kwargs or {}))
+                return _PULLS[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -239,7 +241,7 @@ def _either(
         not dropout_p
         and _plain(query) and _plain(key) and _plain(value)
         and (attn_mask is None or (not is_causal and (_plain(attn_mask) or isinstance(attn_mask, CausalBias))))
-        and torch.backends.cuda.flash_sdp_enabled()
+        and torch._C._get_flash_sdp_enabled()
     ):  # fmt: skip
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     return _TORCHS(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -253,18 +255,17 @@ def _plain(x: Any) -> bool:
     return type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _TYPES and not x.is_nested
 
 
-def _not_asking(function: Any) -> FunctionType:
-    """A Python function of torch that does its work at once, where it would first ask modes to do it.
+def _over(function: Any, **others: Any) -> FunctionType:
+    """A function of torch that finds `others` where it looks for those names.
 
-    A mode is off while it handles a call, so attention within such a function would escape it: that of a module, or what
-    a backward pass computes again. The code is torch's own, over a module of the names that it uses; torch.compile looks
-    modules up by name.
+    A mode is off while it handles a call, so attention within a function that torch gives to modes would escape it.
+    The code is torch's own, over a module of the names that it uses, because torch.compile looks modules up by name.
     """
-    module = ModuleType(f"{__name__}.{function.__name__}", "Names that a function of torch uses.")
-    names = {*function.__code__.co_names, "__builtins__"}
-    vars(module).update({name: x for name, x in function.__globals__.items() if name in names})
-    vars(module).update({name: _no for name in names if name.startswith("has_torch_function")})
-    sys.modules[module.__name__] = module
+    name = f"{__name__}.{function.__qualname__}"
+    module = sys.modules[name] = ModuleType(name, "Names that a function of torch uses.")
+    uses = {*function.__code__.co_names, "__builtins__"} - {"__name__"}
+    vars(module).update({name: x for name, x in function.__globals__.items() if name in uses})
+    vars(module).update(others)
     copy = FunctionType(
         function.__code__, vars(module), function.__name__, function.__defaults__, function.__closure__
     )
@@ -276,9 +277,13 @@ def _no(*_: Any) -> bool:
     return False
 
 
-_ASKING = {
-    function: _not_asking(function)
-    for function in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.grad)
+_MULTI_HEAD = _over(F.multi_head_attention_forward, scaled_dot_product_attention=_either)
+
+# A backward pass computes checkpoints again: it begins without asking modes, and so with the mode on.
+_PULLS = {
+    Tensor.backward: _over(Tensor.backward, has_torch_function_unary=_no),
+    torch.autograd.backward: _over(torch.autograd.backward, has_torch_function=_no),
+    torch.autograd.grad: _over(torch.autograd.grad, has_torch_function=_no),
 }
 
 
@@ -330,7 +335,7 @@ class _Installed:
     def remove(self) -> None:
         self.library._destroy()
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
         *, attn_mask: Tensor | None = None, scale: float | None = None,
@@ -346,7 +351,7 @@ class _Installed:
             out = like.copy_(out)
         return out, _laid(lse, self.lse)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def backward(
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
         dropout_p: float, is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
