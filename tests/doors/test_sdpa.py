@@ -533,6 +533,44 @@ def test_compiled_with_broadcast_and_grouped_heads():
         assert not complaints(got, inputs, dout, enable_gqa=grouped)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_for_any_lengths():
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for q_len, kv_len in ((5, 7), (6, 6), (9, 9), (9, 4), (3, 11)):
+        inputs = (*tensors((2, 4, q_len, 8), (2, 4, kv_len, 8), (2, 4, kv_len, 8)), None)
+        got, dout = run(compiled, inputs, is_causal=True)
+        assert not complaints(got, inputs, dout, is_causal=True)
+
+
+def test_exported():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    inputs = tuple(qkv())
+    with sdpa.use():
+        program = torch.export.export(Module(), inputs)
+    assert "tilefold.fwd" in str(program.graph)
+    assert torch.equal(program.module()(*inputs), scaled_dot_product_attention(*inputs, is_causal=True))
+
+
+@pytest.mark.parametrize("way", ["in use", "activated"])
+def test_transforms_of_torchs_function(way, request):
+    if way == "activated":
+        request.getfixturevalue("activated")
+    q, k, v = qkv()
+    call = F.scaled_dot_product_attention
+    with sdpa.use() if way == "in use" else nullcontext():
+        stacked = torch.vmap(call)(q[:, None], k[:, None], v[:, None])
+        dq = torch.func.grad(lambda x: call(x, k, v).sum())(q)
+        with torch.inference_mode():
+            plain = call(q, k, v)
+    right, _ = run(scaled_dot_product_attention, (q, k, v, None), torch.ones_like(q))
+    assert torch.equal(stacked[:, 0], right[0])
+    assert torch.equal(plain, right[0])
+    assert torch.equal(dq, right[1])
+
+
 def test_vmap_is_a_loop():
     q, k, v = qkv()
     mask = mask_of("hiding", (2, 1, 5, 7))
@@ -812,6 +850,13 @@ def test_activated_kernels(kind, is_causal, dtype, counted):
     assert counted == [2, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_activated_kernels_and_masks_of_float32(dtype, counted):
+    mask = mask_of("hiding", (5, 7))
+    check(*qkv(dtype), mask, call=F.scaled_dot_product_attention, frozen=True)
+    assert counted == [2, 1]
+
+
 @pytest.mark.usefixtures("activated")
 @pytest.mark.parametrize("shapes", [*SHAPES.values(), *BROADCAST.values()], ids=[*SHAPES, *BROADCAST])
 def test_activated_with_all_shapes(shapes):
@@ -826,7 +871,11 @@ def test_activated_with_grouped_heads(dtype, counted):
 
 
 @pytest.mark.usefixtures("activated")
-@pytest.mark.parametrize("order", [lambda x: x, *list(ORDERS.values())[:3]], ids=["plain", *list(ORDERS)[:3]])
+@pytest.mark.parametrize(
+    "order",
+    [lambda x: x, lambda x: x[:1].expand_as(x), *list(ORDERS.values())[:3]],
+    ids=["plain", "one batch item again", *list(ORDERS)[:3]],
+)
 def test_activated_kernels_keep_the_memory_order_of_torchs(order):
     """Compiled code relies on what the kernels of meta tensors announce."""
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -64,9 +64,7 @@ def scaled_dot_product_attention(
         _refuse_dropout(dropout_p)
     try:
         q, k, v = query.shape, key.shape, value.shape
-        if (q[:-2] != k[:-2] or k[:-2] != v[:-2]) and not (
-            enable_gqa and q[:-3] == k[:-3] and k[:-2] == v[:-2]
-        ):
+        if not (q == k == v or _alike(q, k, v, enable_gqa)):
             query, key, value = _joined(query, key, value, enable_gqa)
         mask: Mask | Tensor | None = None
         bias = None
@@ -82,6 +80,11 @@ def scaled_dot_product_attention(
         if query.shape[-3:-2] == key.shape[-3:-2] == (0,):  # `attention` asks for a head
             return query @ key.mT @ value
         raise
+
+
+def _alike(q: torch.Size, k: torch.Size, v: torch.Size, enable_gqa: bool) -> bool:
+    """Whether leading dimensions are as `attention` takes them."""
+    return k[:-2] == v[:-2] and (q[:-3] == k[:-3] if enable_gqa else q[:-2] == k[:-2])
 
 
 def _joined(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,8 +327,8 @@ class _Installed:
             for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2))
         )
         out, lse = _FORWARD(q, q, q)
-        self.out, self.lse = _order(out), _order(lse)
-        self.grads = [_order(x) for x in _BACKWARD(out, q, q, q, out, lse, 0.0, False)]
+        self.out, self.lse = _Order(out), _Order(lse)
+        self.grads = [_Order(x) for x in _BACKWARD(out, q, q, q, out, lse, 0.0, False)]
         self.library = Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
@@ -346,10 +349,10 @@ class _Installed:
         if attn_mask is not None:
             lse.masked_fill_(lse == -math.inf, 0.0)  # what torch's kernel says of a row without keys
         if not self.out_as_query:
-            out = _laid(out, self.out)
+            out = self.out.lay(out)
         elif not query.is_contiguous() and out.stride() != (like := torch.empty_like(query)).stride():
             out = like.copy_(out)
-        return out, _laid(lse, self.lse)
+        return out, self.lse.lay(lse)
 
     @torch.no_grad()
     def backward(
@@ -359,7 +362,7 @@ class _Installed:
         _refuse_dropout(dropout_p)
         options = _options(attn_mask, is_causal, query, key)
         grads = attention_grad(query, key, value, out, logsumexp, grad_out, scale=scale, **options)
-        return tuple(_laid(x, order) for x, order in zip(grads[:3], self.grads, strict=True))
+        return tuple(order.lay(x) for order, x in zip(self.grads, grads[:3], strict=True))
 
 
 def _refuse_dropout(dropout_p: float) -> None:
@@ -387,12 +390,13 @@ def _options(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tens
     return options
 
 
-def _order(x: Tensor) -> tuple[int, ...]:
-    """The axes as they lie in memory, farthest steps first."""
-    return tuple(sorted(range(x.ndim), key=lambda axis: -x.stride(axis)))
+class _Order:
+    """The axes of a tensor as they lie in memory, farthest steps first."""
 
+    def __init__(self, x: Tensor) -> None:
+        self.there = tuple(sorted(range(x.ndim), key=lambda axis: -x.stride(axis)))
+        self.back = tuple(self.there.index(axis) for axis in range(x.ndim))
 
-def _laid(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """The same values with their axes in that order in memory; `x` itself where they are."""
-    back = tuple(order.index(axis) for axis in range(x.ndim))
-    return x.permute(order).contiguous().permute(back)
+    def lay(self, x: Tensor) -> Tensor:
+        """The values of `x` in that order; `x` itself where they are."""
+        return x.permute(self.there).contiguous().permute(self.back)
