@@ -554,6 +554,7 @@ def test_exported():
     assert torch.equal(program.module()(*inputs), scaled_dot_product_attention(*inputs, is_causal=True))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap, by torch's own rule
 @pytest.mark.parametrize("way", ["in use", "activated"])
 def test_transforms_of_torchs_function(way, request):
     if way == "activated":

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.library import Library
 from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.nn.attention import register_flash_attention_impl
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from ..api import attention, attention_grad
@@ -132,9 +133,9 @@ def _mask_and_bias(
     """An attn_mask as what hides and what is added, one of them None."""
     if is_causal:
         raise ValueError("attn_mask must be None with is_causal=True; torch applies one or the other")
-    if isinstance(attn_mask, CausalBias):
+    if _is_causal_bias(attn_mask):
         lengths = (query.shape[-2], key.shape[-2])
-        if attn_mask.variant is CausalVariant.UPPER_LEFT:
+        if attn_mask.variant.name == "UPPER_LEFT":
             return _TOP_LEFT, None
         if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != lengths:
             raise ValueError(
@@ -149,6 +150,14 @@ def _mask_and_bias(
             f"attn_mask must be bool, float32 or {query.dtype} as query is, got {attn_mask.dtype}"
         )
     return None, attn_mask
+
+
+def _is_causal_bias(x: Any) -> bool:
+    """Whether `x` is of torch's module of biases, which is not loaded to ask: it takes torch's compiler along."""
+    if type(x) is Tensor:
+        return False
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(x, module.CausalBias)
 
 
 def _complain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> None:
@@ -172,7 +181,7 @@ def _complain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         raise ValueError(f"key must have query's last dimension {query.shape[-1]}, got {_sizes(key)}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have key's length {key.shape[-2]}, got {_sizes(value)}")
-    if attn_mask is None or isinstance(attn_mask, CausalBias) or query.shape[:-3] != key.shape[:-3]:
+    if attn_mask is None or _is_causal_bias(attn_mask) or query.shape[:-3] != key.shape[:-3]:
         return
     shape = (*query.shape[:-1], key.shape[-2])
     try:
@@ -243,7 +252,7 @@ def _either(
     if (
         not dropout_p
         and _plain(query) and _plain(key) and _plain(value)
-        and (attn_mask is None or (not is_causal and (_plain(attn_mask) or isinstance(attn_mask, CausalBias))))
+        and (attn_mask is None or (not is_causal and (_plain(attn_mask) or _is_causal_bias(attn_mask))))
         and torch._C._get_flash_sdp_enabled()
     ):  # fmt: skip
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
@@ -253,9 +262,14 @@ def _either(
 _TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool})
 
 
+_KINDS = frozenset(
+    {Tensor, Parameter, FakeTensor, FunctionalTensor}
+)  # the last two: programs that are exported
+
+
 def _plain(x: Any) -> bool:
-    """A tensor in CPU memory that stands for itself."""
-    return type(x) in (Tensor, Parameter) and x.is_cpu and x.dtype in _TYPES and not x.is_nested
+    """A tensor in CPU memory, of a type that has no meaning of its own for attention."""
+    return type(x) in _KINDS and x.is_cpu and x.dtype in _TYPES and not x.is_nested
 
 
 def _over(function: Any, **others: Any) -> FunctionType:
