@@ -170,6 +170,30 @@ def bits_of_torch(*inputs, **options):
     return out
 
 
+CASES_OF_TORCH = ["shapes", "broadcast", "grouped", "masks"]
+
+
+@pytest.mark.parametrize("which", CASES_OF_TORCH)
+def test_what_is_expected_is_what_torch_gives(which):
+    """In float64 and without gradients of masks that are not floats: the formulas here are torch's."""
+    cases = {
+        "shapes": [(shapes, None, {"is_causal": True}) for shapes in SHAPES.values()],
+        "broadcast": [(shapes, None, {"scale": -0.5}) for shapes in BROADCAST.values()],
+        "grouped": [(shapes, None, {"enable_gqa": True}) for shapes in GROUPED.values()],
+        "masks": [
+            (SHAPES["4-D"], mask_of(kind, shape, torch.float64), {})
+            for kind in ("bool", "float", "hiding") for shape in MASKS if len(shape) > 1
+        ],
+    }  # fmt: skip
+    for shapes, mask, options in cases[which]:
+        inputs = (*tensors(*shapes, dtype=torch.float64), mask)
+        got, dout = run(F.scaled_dot_product_attention, inputs, **options)
+        right = expected(*inputs, dout, torch.float64, **options)
+        for name, mine, known in zip(NAMES, got, right, strict=True):
+            if mine is not None:
+                torch.testing.assert_close(mine, known, msg=lambda text, at=(shapes, name): f"{at}: {text}")
+
+
 # ---- shapes, types, heads ------------------------------------------------------------------------------------
 
 SHAPES = {
