@@ -5,7 +5,6 @@ library, forward and backward. How far off a result may be is computed beside it
 tilefold or torch computed is told by bits: the inputs are such that the two differ in some last place.
 """
 
-import copy
 import math
 import threading
 import warnings
@@ -496,7 +495,7 @@ def test_the_output_has_the_memory_order_of_query(dims):
             r"attn_mask must broadcast to \(2, 4, 5, 7\), got \(1, 2, 4, 5, 7\)",
         ),
         ({"attn_mask": causal_lower_right(4, 7)}, ValueError, r"lengths of query and key \(5, 7\), got \(4, 7\)"),
-        ({"is_causal": 1}, TypeError, "causal must be True or False, got int"),
+        ({"is_causal": 1}, TypeError, "is_causal must be True or False, got int"),
         ({"scale": "1"}, TypeError, "scale must be a number, got str"),
         ({"scale": NAN}, ValueError, "scale must be finite, got nan"),
     ],
@@ -555,6 +554,26 @@ def test_compiled_with_broadcast_and_grouped_heads():
         inputs = (*tensors(*shapes), None)
         got, dout = run(compiled, inputs, enable_gqa=grouped)
         assert not complaints(got, inputs, dout, enable_gqa=grouped)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_a_learned_bias_and_a_question():
+    """A parameter as mask; is_causal that depends on a length."""
+    bias = torch.nn.Parameter(mask_of("float", (5, 7)))
+    compiled = torch.compile(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, bias), fullgraph=True, backend="aot_eager"
+    )
+    compiled(*qkv()).sum().backward()
+    got, bias.grad = bias.grad, None
+    scaled_dot_product_attention(*qkv(), bias).sum().backward()
+    assert torch.equal(got, bias.grad)
+    asking = torch.compile(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    for q_len in (5, 1):
+        q, k, v = tensors((1, 2, q_len, 8), (1, 2, 7, 8), (1, 2, 7, 8))
+        assert torch.equal(asking(q, k, v), scaled_dot_product_attention(q, k, v, is_causal=q_len > 1))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -1125,14 +1144,21 @@ def test_a_module_in_training_with_dropout_runs_as_it_did():
     assert torch.equal(*results)
 
 
-def test_a_module_without_gradients():
-    """Where torch would run a whole layer as one kernel of its own, outside of `use`."""
+def test_modules_without_gradients(counted):
+    """Where torch would run a whole layer as one kernel of its own: `use` comes first, the registry is not asked."""
     (x,) = tensors((2, 9, 16))
     module = MODULES["TransformerEncoderLayer"]().eval()
     with torch.no_grad():
-        torchs = module(x)
+        fast = module(x)
+        assert counted == [0, 0]
         with sdpa.use():
-            ours = module(x)
-    torch.testing.assert_close(ours, torchs)
-    assert not torch.equal(ours, torchs)
-    assert torch.equal(copy.deepcopy(module)(x), module(x))
+            used = module(x)
+        assert counted == [1, 0]
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            asked = module(x)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert counted == [2, 0]
+    torch.testing.assert_close(used, fast)
+    torch.testing.assert_close(asked, fast)

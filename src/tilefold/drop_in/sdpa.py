@@ -24,7 +24,7 @@ from torch.nn.attention import register_flash_attention_impl
 from torch.overrides import TorchFunctionMode
 
 from ..api import attention, attention_grad
-from ..call import DROPOUT
+from ..call import DROPOUT, flag
 from ..masks import Mask, causal
 
 _TORCHS = F.scaled_dot_product_attention
@@ -63,6 +63,8 @@ def scaled_dot_product_attention(
     """
     if dropout_p:
         _refuse_dropout(dropout_p)
+    if is_causal is not True and is_causal is not False:
+        is_causal = flag("is_causal", is_causal)
     try:
         q, k, v = query.shape, key.shape, value.shape
         if not (q == k == v or _alike(q, k, v, enable_gqa)):
@@ -71,7 +73,7 @@ def scaled_dot_product_attention(
         bias = None
         if attn_mask is not None:
             mask, bias = _mask_and_bias(attn_mask, query, key, is_causal)
-        elif is_causal is True and q[-2] != k[-2]:
+        elif is_causal and q[-2] != k[-2]:
             mask, is_causal = _TOP_LEFT, False
         if scale is not None and isinstance(scale, Tensor):
             scale = scale.item()
@@ -154,7 +156,7 @@ def _mask_and_bias(
 
 def _is_causal_bias(x: Any) -> bool:
     """Whether `x` is of torch's module of biases, which is not loaded to ask: it takes torch's compiler along."""
-    if type(x) is Tensor:
+    if type(x) in (Tensor, Parameter):
         return False
     module = sys.modules.get("torch.nn.attention.bias")
     return module is not None and isinstance(x, module.CausalBias)
@@ -260,11 +262,9 @@ def _either(
 
 
 _TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool})
-
-
 _KINDS = frozenset(
     {Tensor, Parameter, FakeTensor, FunctionalTensor}
-)  # the last two: programs that are exported
+)  # the last two stand in while a program is exported
 
 
 def _plain(x: Any) -> bool:
@@ -281,7 +281,7 @@ def _over(function: Any, **others: Any) -> FunctionType:
     name = f"{__name__}.{function.__qualname__}"
     module = sys.modules[name] = ModuleType(name, "Names that a function of torch uses.")
     uses = {*function.__code__.co_names, "__builtins__"} - {"__name__"}
-    vars(module).update({name: x for name, x in function.__globals__.items() if name in uses})
+    vars(module).update({word: x for word, x in function.__globals__.items() if word in uses})
     vars(module).update(others)
     copy = FunctionType(
         function.__code__, vars(module), function.__name__, function.__defaults__, function.__closure__
@@ -315,7 +315,8 @@ def register() -> None:
     ``torch.nn.attention.restore_flash_attention_impl()`` gives torch's kernels back. To register twice does no harm.
 
     Torch keeps to its plain method, as ever, for dropout, for inputs that are not 4-D, values of another width, masks
-    with a gradient, and rows that are not contiguous; but for dropout, `use` has those too.
+    with a gradient, and rows that are not contiguous; and in evaluation without gradients it runs its own modules as
+    one kernel each, unless ``torch.backends.mha.set_fastpath_enabled(False)``. But for dropout, `use` has all of those.
 
     >>> register()
     >>> "tilefold" in torch.nn.attention.list_flash_attention_impls()
