@@ -672,6 +672,20 @@ def test_use_takes_all_shapes(shapes):
         check(*tensors(*shapes), call=F.scaled_dot_product_attention, is_causal=True)
 
 
+@pytest.mark.parametrize("inner", ["use", "device"])
+def test_use_goes_with_other_modes(inner):
+    """Torch's own modes, around it and within."""
+    (x,) = tensors((2, 9, 16))
+    module = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    with sdpa.use():
+        ours = module(x, x, x, need_weights=False)[0]
+    modes = [torch.device("cpu"), sdpa.use()]
+    with modes[inner == "device"], modes[inner == "use"]:
+        assert torch.equal(module(x, x, x, need_weights=False)[0], ours)
+        assert torch.equal(F.scaled_dot_product_attention(*qkv()), scaled_dot_product_attention(*qkv()))
+    assert not torch.equal(module(x, x, x, need_weights=False)[0], ours)
+
+
 def test_use_nests_and_ends_with_the_block():
     inputs = qkv()
     torchs, ours = bits_of_torch(*inputs), scaled_dot_product_attention(*inputs)
@@ -976,6 +990,9 @@ def test_activated_and_compiled(counted):
     restore_flash_attention_impl()
     outside, _ = run(compiled, inputs, dout)
     assert counted == [1, 1]
+    activate_flash_attention_impl("tilefold")
+    run(compiled, inputs, dout)
+    assert counted == [2, 2]
     for mine, known in zip(outside[:4], right[:4], strict=True):
         torch.testing.assert_close(mine, known)
 

@@ -69,15 +69,14 @@ def scaled_dot_product_attention(
         q, k, v = query.shape, key.shape, value.shape
         if not (q == k == v or _alike(q, k, v, enable_gqa)):
             query, key, value = _joined(query, key, value, enable_gqa)
-        mask: Mask | Tensor | None = None
-        bias = None
-        if attn_mask is not None:
-            mask, bias = _mask_and_bias(attn_mask, query, key, is_causal)
-        elif is_causal and q[-2] != k[-2]:
-            mask, is_causal = _TOP_LEFT, False
         if scale is not None and isinstance(scale, Tensor):
             scale = scale.item()
-        return attention(query, key, value, mask, causal=is_causal, scale=scale, bias=bias)
+        if attn_mask is not None:
+            mask, bias = _mask_and_bias(attn_mask, query, key, is_causal)
+            return attention(query, key, value, mask, scale=scale, bias=bias)
+        if is_causal and q[-2] != k[-2]:
+            return attention(query, key, value, _TOP_LEFT, scale=scale)
+        return attention(query, key, value, causal=is_causal, scale=scale)
     except Exception:
         _complain(query, key, value, attn_mask, enable_gqa)
         if query.shape[-3:-2] == key.shape[-3:-2] == (0,):  # `attention` asks for a head
@@ -238,9 +237,9 @@ class _Use(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _TORCHS:
             return _either(*args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and _KINDS.issuperset(types):
             return _MULTI_HEAD(*args, **(kwargs or {}))
-        if func in _PULLS:
+        if func in _PULLS and _KINDS.issuperset(types):
             with self:
                 return _PULLS[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -294,7 +293,9 @@ def _no(*_: Any) -> bool:
     return False
 
 
-_MULTI_HEAD = _over(F.multi_head_attention_forward, scaled_dot_product_attention=_either)
+_MULTI_HEAD = _over(
+    F.multi_head_attention_forward, scaled_dot_product_attention=_either, has_torch_function=_no
+)
 
 # A backward pass computes checkpoints again: it begins without asking modes, and so with the mode on.
 _PULLS = {
