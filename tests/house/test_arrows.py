@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 ORDER = [
     *("dtypes", "problem", "layouts", "masks", "tiles"),
     *("scores", "stats", "fold", "replay", "plan", "backends", "threads"),
-    *("arrays", "call", "shortcut", "api", "flash", "naive", "bench", "cli"),
+    *("arrays", "call", "shortcut", "api", "flash", "naive", "drop_in", "bench", "cli"),
 ]
 
 # Arrows that point up, each with its reason.

@@ -1,0 +1,149 @@
+"""What every interface asks of its tensors, before anything is computed or written.
+
+Index tensors (cumulative lengths, used lengths, tables) are copied once and only the copy is looked at and used, so
+that a caller who changes his own meanwhile cannot send a call to memory that was not checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...call import DROPOUT
+
+Tensor = Any  # torch is imported where it is needed
+
+
+def floats(**given: Any) -> None:
+    """TypeError or ValueError unless all tensors that are given share one dtype that attention has, on the CPU."""
+    import torch
+
+    taken = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    first = None
+    for name, x in given.items():
+        if x is None:
+            continue
+        tensor(name, x)
+        if x.dtype not in taken:
+            more = "; 8-bit floats and their descale factors are not offered" if x.element_size() == 1 else ""
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}{more}")
+        if first is None:
+            first = name, x.dtype
+        elif x.dtype != first[1]:
+            raise TypeError(f"{first[0]} and {name} must have one dtype, got {first[1]} and {x.dtype}")
+
+
+def tensor(name: str, x: Any) -> None:
+    """TypeError unless `x` is a tensor, ValueError unless it is on the CPU."""
+    import torch
+
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {x.device}, and this is flash-attn's interface for the CPU: pass {name}.cpu(), or use "
+            "the flash-attn package, which computes on CUDA devices"
+        )
+
+
+def shape(name: str, x: Tensor, *sizes: int | str) -> None:
+    """ValueError unless `x` has these sizes; a word stands for any size."""
+    fits = x.ndim == len(sizes) and all(
+        isinstance(n, str) or n == m for n, m in zip(sizes, x.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, sizes))
+        raise ValueError(f"{name} must have shape ({wanted}{',' * (len(sizes) == 1)}), got {tuple(x.shape)}")
+
+
+def heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError unless heads and head sizes of queries, keys and values fit; their last two axes are (heads, dim)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 3:
+            raise ValueError(f"{name} must have shape (..., heads, dim), got {tuple(x.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q and k must have one head size, got {q.shape[-1]} and {k.shape[-1]}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"k and v must differ in their head size only, got {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if (k.shape[-2] == 0) != (q.shape[-2] == 0) or (k.shape[-2] and q.shape[-2] % k.shape[-2]):
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k and v, got {q.shape[-2]} and {k.shape[-2]}"
+        )
+
+
+def integers(name: str, x: Any, *sizes: int | str) -> Tensor:
+    """A private int64 copy of an int32 or int64 tensor of these sizes."""
+    import torch
+
+    tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 (or int64), got {x.dtype}")
+    shape(name, x, *sizes)
+    return x.detach().to(torch.int64, copy=True)
+
+
+def within(name: str, x: Tensor, least: int, most: int) -> None:
+    """ValueError unless all integers of `x` lie between `least` and `most`, both included."""
+    if not x.numel():
+        return
+    low, high = int(x.min()), int(x.max())
+    if low < least or high > most:
+        raise ValueError(f"{name} must lie within {least} and {most}, got {low if low < least else high}")
+
+
+def cumulative(name: str, x: Any, total: int, batch: int | None = None) -> Tensor:
+    """Cumulative lengths [0, ..., at most `total`] as a private copy."""
+    ends = integers(name, x, "batch + 1" if batch is None else batch + 1)
+    if not len(ends):
+        raise ValueError(f"{name} must hold at least the 0 it starts with")
+    if int(ends[0]) != 0:
+        raise ValueError(f"{name} must start at 0, got {int(ends[0])}")
+    if bool((ends[1:] < ends[:-1]).any()):
+        raise ValueError(f"{name} must not decrease, got {ends.tolist()}")
+    if int(ends[-1]) > total:
+        raise ValueError(f"{name} must not go beyond the {total} packed rows, got {int(ends[-1])}")
+    return ends
+
+
+def used(name: str, x: Any, most: Tensor) -> Tensor:
+    """How many rows of each sequence are used, as a private copy: none below 0 or above `most`."""
+    counts = integers(name, x, len(most))
+    if bool(((counts < 0) | (counts > most)).any()):
+        raise ValueError(f"{name} must lie between 0 and the lengths {most.tolist()}, got {counts.tolist()}")
+    return counts
+
+
+def maximum(name: str, x: Any, lengths: Tensor) -> int:
+    """`x`, the caller's maximum, or the longest of `lengths`; ValueError if rows would be left out."""
+    longest = int(lengths.max()) if len(lengths) else 0
+    if x is None:
+        return longest
+    if int(x) < longest:
+        raise ValueError(f"{name} must be at least {longest}, the longest sequence; got {int(x)}")
+    return int(x)
+
+
+def slopes(x: Any, batch: int, heads: int) -> None:
+    """TypeError or ValueError unless `x` is None or ALiBi slopes (heads,) or (batch, heads)."""
+    if x is None:
+        return
+    tensor("alibi_slopes", x)
+    if not x.is_floating_point():
+        raise TypeError(f"alibi_slopes must be float32, got {x.dtype}")
+    if tuple(x.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {tuple(x.shape)}"
+        )
+
+
+def no_dropout(p: float) -> None:
+    if p != 0:
+        raise ValueError(f"dropout_p must be 0, got {p}: {DROPOUT}")
+
+
+def absent(why: str, **given: Any) -> None:
+    """NotImplementedError for options of the original that this library does not have."""
+    for name, x in given.items():
+        if x is not None:
+            raise NotImplementedError(f"{name} must be None: {why}")
