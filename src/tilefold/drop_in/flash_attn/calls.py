@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...api import attention
+from ...frameworks import is_traced
 from ...masks import Mask
 from . import checks
 from .sight import Sight
@@ -154,6 +155,8 @@ def in_batch(x: Tensor, counts: Tensor | None) -> Side:
 def in_row(x: Tensor, ends: Tensor, counts: Tensor | None) -> Side:
     """Sequences packed as (total, ...) that end at `ends`, of which the first `counts` rows are in use, or all."""
     lengths = ends[1:] - ends[:-1]
+    if counts is None and is_traced(ends):
+        return Side(lengths, slice(None), (len(x),))
     if counts is None or bool((counts == lengths).all()):
         return Side(lengths, slice(0, int(ends[-1])), (len(x),))
     which, place = steps(counts)

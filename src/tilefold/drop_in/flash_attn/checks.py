@@ -1,7 +1,8 @@
 """What every interface asks of its tensors, before anything is computed or written.
 
 Index tensors (cumulative lengths, used lengths, tables) are copied once and only the copy is looked at and used, so
-that a caller who changes his own meanwhile cannot send a call to memory that was not checked.
+that a caller who changes his own meanwhile cannot send a call to memory that was not checked. In a program that is
+being compiled they have no numbers yet; the operator that it becomes checks those of packed sequences when it runs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...call import DROPOUT
+from ...frameworks import is_traced
 
 Tensor = Any  # torch is imported where it is needed
 
@@ -85,7 +87,7 @@ def integers(name: str, x: Any, *sizes: int | str) -> Tensor:
 
 def within(name: str, x: Tensor, least: int, most: int) -> None:
     """ValueError unless all integers of `x` lie between `least` and `most`, both included."""
-    if not x.numel():
+    if is_traced(x) or not x.numel():
         return
     low, high = int(x.min()), int(x.max())
     if low < least or high > most:
@@ -97,6 +99,8 @@ def cumulative(name: str, x: Any, total: int, batch: int | None = None) -> Tenso
     ends = integers(name, x, "batch + 1" if batch is None else batch + 1)
     if not len(ends):
         raise ValueError(f"{name} must hold at least the 0 it starts with")
+    if is_traced(x):
+        return ends
     if int(ends[0]) != 0:
         raise ValueError(f"{name} must start at 0, got {int(ends[0])}")
     if bool((ends[1:] < ends[:-1]).any()):
@@ -116,6 +120,8 @@ def used(name: str, x: Any, most: Tensor) -> Tensor:
 
 def maximum(name: str, x: Any, lengths: Tensor) -> int:
     """`x`, the caller's maximum, or the longest of `lengths`; ValueError if rows would be left out."""
+    if x is not None and is_traced(lengths):
+        return int(x)
     longest = int(lengths.max()) if len(lengths) else 0
     if x is None:
         return longest
