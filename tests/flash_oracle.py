@@ -61,9 +61,7 @@ def near(got: dict[str, torch.Tensor], expected: Callable[[Arithmetic], Arrays],
         assert error.ok, str(error)
 
 
-def by_position(
-    q_len: int, k_len: int, left: int | None, right: int | None, chunk: int = 0
-) -> np.ndarray:
+def by_position(q_len: int, k_len: int, left: int | None, right: int | None, chunk: int = 0) -> np.ndarray:
     """Which keys each query sees: limits on the distance to its own position, None for none; queries stand last."""
     sees = np.zeros((q_len, k_len), bool)
     for i in range(q_len):

@@ -284,7 +284,15 @@ def packed_operands(q_sizes, k_sizes, dtype=torch.float32, spare=0):
     return q, k, v, dout
 
 
-VARLEN = ["plain", "causal", "both", "softcap", "alibi, causal", "alibi, window", "alibi by item, causal, softcap"]
+VARLEN = [
+    "plain",
+    "causal",
+    "both",
+    "softcap",
+    "alibi, causal",
+    "alibi, window",
+    "alibi by item, causal, softcap",
+]
 
 
 @pytest.mark.parametrize("key", VARLEN)
@@ -385,7 +393,9 @@ def test_gradients_through_pages():
     plain = [x.clone().requires_grad_() for x in (k, v)]
     fa.flash_attn_varlen_func(q, *plain, *args, causal=True).backward(dout)
     for page, row in zip(leaves, plain, strict=True):
-        where = torch.cat([table[0, :3].repeat_interleave(2)[:5], table[1, :2].repeat_interleave(2)[:4]]).long()
+        where = torch.cat(
+            [table[0, :3].repeat_interleave(2)[:5], table[1, :2].repeat_interleave(2)[:4]]
+        ).long()
         place = torch.tensor([0, 1, 0, 1, 0, 0, 1, 0, 1])
         assert torch.equal(page.grad[where, place], row.grad)
         assert float(page.grad.abs().sum()) == pytest.approx(float(row.grad.abs().sum()))
@@ -406,7 +416,10 @@ def test_compiled_whole():
         return out, rows
 
     leaves = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2)]
-    results = both(*leaves[0], *args[:2]), torch.compile(both, fullgraph=True, backend="aot_eager")(*leaves[1], *args[:2])
+    results = (
+        both(*leaves[0], *args[:2]),
+        torch.compile(both, fullgraph=True, backend="aot_eager")(*leaves[1], *args[:2]),
+    )
     for some in results:
         (some[0].sum() + some[1].sum()).backward()
     for x, y in zip(*results, strict=True):
@@ -441,10 +454,14 @@ def test_wrong_tensors():
 
 def test_wrong_options():
     q, k, v = qkv()
-    wrong("window_size must be .* an integer, -1 for infinite; got 3", q, k, v, window_size=3, error=TypeError)
+    wrong(
+        "window_size must be .* an integer, -1 for infinite; got 3", q, k, v, window_size=3, error=TypeError
+    )
     wrong("window_size must be .*None", q, k, v, window_size=(None, None), error=TypeError)
     wrong(r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)", q, k, v, alibi_slopes=SLOPES[:3])
-    wrong("alibi_slopes must be float32, got torch.int64", q, k, v, alibi_slopes=SLOPES.long(), error=TypeError)
+    wrong(
+        "alibi_slopes must be float32, got torch.int64", q, k, v, alibi_slopes=SLOPES.long(), error=TypeError
+    )
     wrong("scale must be finite", q, k, v, softmax_scale=INF)
     wrong(r"qkv must have shape \(batch, length, 3,", q, call=fa.flash_attn_qkvpacked_func)
     wrong(r"kv must have shape \(batch, kv_len, 2,", q, k, call=fa.flash_attn_kvpacked_func)
@@ -467,7 +484,9 @@ def test_wrong_packing():
     wrong("cu_seqlens_q must hold at least the 0", cu([], dtype=int32), right[1], call=call)
     wrong("max_seqlen_q must be at least 4, the longest sequence; got 3", *right, 3, 5, call=call)
     wrong("max_seqlen_k must be at least 5, the longest sequence; got 2", *right, 4, 2, call=call)
-    wrong(r"alibi_slopes must have shape \(4,\) or \(2, 4\)", *right, alibi_slopes=torch.ones(3, 4), call=call)
+    wrong(
+        r"alibi_slopes must have shape \(4,\) or \(2, 4\)", *right, alibi_slopes=torch.ones(3, 4), call=call
+    )
 
 
 def test_wrong_block_tables():
