@@ -93,7 +93,7 @@ def sequence(
 ) -> Arrays:  # fmt: skip
     """Attention of one sequence; with `dout` its gradients too. `empty` is the lse of a row that sees no key; `out`
     and `lse` are results that a backward pass starts from, as one does that keeps no weights."""
-    (q_len, heads, dim), (k_len, kv_heads, _) = q.shape, k.shape
+    (q_len, heads, dim), kv_heads = q.shape, k.shape[1]
     scale = np.dtype(a.dtype).type(dim**-0.5 if scale is None else scale)
     r = {"out": np.zeros((q_len, heads, v.shape[-1]), a.dtype), "lse": np.zeros((heads, q_len), a.dtype)}
     if dout is not None:

@@ -297,7 +297,12 @@ VARLEN = [
 
 @pytest.mark.parametrize("key", VARLEN)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_varlen(sizes, key, dtype=torch.float32):
+def test_varlen(sizes, key):
+    checked_rows(sizes, key, torch.float32)
+
+
+def checked_rows(sizes, key, dtype):
+    """`flash_attn_varlen_func` and its gradients against the oracle."""
     o = dict(OPTIONS[key])
     if "by item" in key:
         o["alibi_slopes"] = SLOPES * torch.rand(len(sizes[0]), 4, generator=torch.Generator().manual_seed(1))
@@ -315,7 +320,7 @@ def test_varlen(sizes, key, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_varlen_types(name):
-    test_varlen(([20, 0, 13], [33, 4, 13]), "causal", TYPES[name])
+    checked_rows(([20, 0, 13], [33, 4, 13]), "causal", TYPES[name])
 
 
 def test_varlen_packed_tensors():
@@ -493,8 +498,9 @@ def test_wrong_block_tables():
     q, k, v, _ = packed_operands([3, 4], [5, 2])
     k_pages, v_pages, table = paged((k, v), [5, 2], 2)
 
-    def call(table, q_ends=ends([3, 4]), k_ends=ends([5, 2])):
-        return fa.flash_attn_varlen_func(q, k_pages, v_pages, q_ends, k_ends, 4, 9, block_table=table)
+    def call(table, *k_sizes):
+        k_ends = ends(k_sizes or [5, 2])
+        return fa.flash_attn_varlen_func(q, k_pages, v_pages, ends([3, 4]), k_ends, 4, 9, block_table=table)
 
     call(table)
     for entry in (-1, len(k_pages), 2**31 - 1):
@@ -504,12 +510,15 @@ def test_wrong_block_tables():
         wrong(says, bad, call=call)
     wrong("block_table must be int32", table.float(), call=call, error=TypeError)
     wrong(r"block_table must have shape \(2, pages per sequence\)", table[:1], call=call)
-    wrong("block_table has room for 3 pages of 2 rows a sequence", table, k_ends=ends([7, 2]), call=call)
+    wrong("block_table has room for 3 pages of 2 rows a sequence", table, 7, 2, call=call)
 
 
 # ---- the signatures ------------------------------------------------------------------------------------------
 
-COMMON = "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
+COMMON = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
+    "deterministic=False, return_attn_probs=False"
+)
 CU = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
 SIGNATURES = {
     "flash_attn_func": f"q, k, v, {COMMON}",
@@ -518,9 +527,10 @@ SIGNATURES = {
     "flash_attn_varlen_func": f"q, k, v, {CU}, {COMMON}, block_table=None",
     "flash_attn_varlen_kvpacked_func": f"q, kv, {CU}, {COMMON}",
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {COMMON}",
-    "flash_attn_with_kvcache": "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
-    "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), "
-    "softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False",
+    "flash_attn_with_kvcache": "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
+    "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, "
+    "causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, "
+    "num_splits=0, return_softmax_lse=False",
     "unpad_input": "hidden_states, attention_mask, unused_mask=None",
     "pad_input": "hidden_states, indices, batch, seqlen",
     "index_first_axis": "input, indices",

@@ -1,7 +1,7 @@
 """flash-attn 3's and 4's functions mean what the originals' mean, against the loops of `flash_oracle`.
 
-Where they differ from version 2: the lse of a row without keys, windows (None and -1), rows that sequences leave unused,
-sinks, an lse with a gradient in 4, chunks in 3, and what they return.
+Where they differ from version 2: the lse of a row without keys, windows (None and -1), rows that sequences leave
+unused, sinks, an lse with a gradient in 4, chunks in 3, and what they return.
 """
 
 import inspect
@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from flash_oracle import by_position, near, sequence, signed  # noqa: E402
 
+import tilefold as tf  # noqa: E402
 from tilefold.drop_in.flash_attn import fa3, fa4  # noqa: E402
 
 INF, NAN = float("inf"), float("nan")
@@ -97,7 +98,12 @@ THREE = {
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("key", THREE)
-def test_version_3(key, lengths, dtype=torch.float32):
+def test_version_3(key, lengths):
+    checked3(key, lengths, torch.float32)
+
+
+def checked3(key, lengths, dtype):
+    """Version 3's `flash_attn_func` and its gradients against the oracle."""
     o = THREE[key]
     q, k, v = qkv(*lengths, dtype=dtype)
     (dout,) = tensors(q.shape, dtype=dtype, seed=9)
@@ -113,7 +119,7 @@ def test_version_3(key, lengths, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_types_of_version_3(name):
-    test_version_3("causal", (20, 33), TYPES[name])
+    checked3("causal", (20, 33), TYPES[name])
 
 
 @pytest.mark.parametrize("form", ["three", "heads"])
@@ -157,8 +163,12 @@ FOUR = {
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("key", FOUR)
-def test_version_4(key, lengths, dtype=torch.float32):
+def test_version_4(key, lengths):
     """Gradients through out and lse both, the sink's too."""
+    checked4(key, lengths, torch.float32)
+
+
+def checked4(key, lengths, dtype):
     o = dict(FOUR[key])
     q, k, v = qkv(*lengths, dtype=dtype)
     dout, dlse = tensors(q.shape, (2, HEADS, lengths[0]), dtype=dtype, seed=9)
@@ -178,7 +188,7 @@ def test_version_4(key, lengths, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_types_of_version_4(name):
-    test_version_4("sink, causal", (20, 33), TYPES[name])
+    checked4("sink, causal", (20, 33), TYPES[name])
 
 
 def test_what_version_4_returns():
@@ -346,13 +356,11 @@ def test_the_lse_of_ragged_sequences_has_a_gradient_in_version_4():
 def test_combine(combine):
     """Three splits of the keys, one of them empty for some rows, give the whole."""
     q, k, v = qkv(6, 12)
-    whole, lse = fa3.flash_attn_func(q, k, v, window_size=(4, 0), return_attn_probs=True)
+    whole = fa3.flash_attn_func(q, k, v, window_size=(4, 0))
     sees = by_position(6, 12, 4, 0)
     parts = []
     for at in (slice(0, 5), slice(5, 6), slice(6, 12)):
         mask = torch.from_numpy(sees[:, at])
-        import tilefold as tf
-
         out, part = tf.attention(*(x.transpose(1, 2) for x in (q, k[:, at], v[:, at])), mask, return_lse=True)
         parts.append((out.transpose(1, 2), part.transpose(1, 2)))
     outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))

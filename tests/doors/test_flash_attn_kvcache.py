@@ -43,13 +43,15 @@ def cache(lengths, capacity, sequences=None, dtype=torch.float32, rows=None):
 
 
 def turned(x, cos, sin, at, interleaved):
-    """One row (heads, dim) rotated to position `at`, pair by pair in float64."""
-    y, half = x.double().clone(), cos.shape[1]
+    """One row (heads, dim) rotated to position `at`, pair by pair; in float32 or wider, as the kernels do."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, kind, half = x.to(wide), x.dtype, cos.shape[1]
+    y = x.clone()
     for p in range(half):
         i, j = (2 * p, 2 * p + 1) if interleaved else (p, p + half)
-        c, s = cos[at, p].double(), sin[at, p].double()
+        c, s = cos[at, p].to(wide), sin[at, p].to(wide)
         y[:, i], y[:, j] = x[:, i] * c - x[:, j] * s, x[:, i] * s + x[:, j] * c
-    return y.to(x.dtype)
+    return y.to(kind)
 
 
 def held(q_rows, k_rows, v_rows, o, version):
@@ -97,10 +99,14 @@ LENGTHS = [5, 0, 9]
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("key", [*OPTIONS, *ALIBI])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_append_and_attend(version, key, q_len, new, dtype=torch.float32):
+def test_append_and_attend(version, key, q_len, new):
+    if version == "2" or key not in ALIBI:  # version 3 has no ALiBi
+        appended(version, key, q_len, new, torch.float32)
+
+
+def appended(version, key, q_len, new, dtype):
+    """A call that appends `new` rows, or none, held against the oracle, and the cache after it."""
     o = {**OPTIONS, **ALIBI}[key]
-    if version == "3" and key in ALIBI:
-        return  # version 3 has no ALiBi
     k_cache, v_cache = cache(LENGTHS, 13, dtype=dtype)
     before = k_cache.clone(), v_cache.clone()
     q, k, v = tensors((3, q_len, HEADS, DIM), *[(3, new, KV_HEADS, DIM)] * 2, dtype=dtype)
@@ -122,7 +128,7 @@ def test_append_and_attend(version, key, q_len, new, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_types(name):
-    test_append_and_attend("2", "causal", 4, 4, TYPES[name])
+    appended("2", "causal", 4, 4, TYPES[name])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -313,8 +319,17 @@ def test_wrong_tables():
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 @pytest.mark.parametrize("rotary_dim", [16, 20, 2])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_rotation(version, rotary_dim, interleaved, key, dtype=torch.float32):
+def test_rotation(version, rotary_dim, interleaved, key):
     """q is rotated row by row only if the call is causal or has a window that hides something of the cache."""
+    rotated(version, rotary_dim, interleaved, key, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
+def test_types_of_a_rotation(name):
+    rotated("2", 16, False, "causal", TYPES[name])
+
+
+def rotated(version, rotary_dim, interleaved, key, dtype):
     o = {
         **OPTIONS, "(-1, 0)": {"window_size": (-1, 0)}, "too wide to be one": {"window_size": (14, 50)},
     }[key]  # fmt: skip

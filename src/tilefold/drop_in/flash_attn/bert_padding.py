@@ -1,7 +1,7 @@
-"""flash-attn's ``bert_padding``: padded batches to packed sequences and back. Layout (batch, length, ...) and (total, ...).
+"""flash-attn's ``bert_padding``: padded batches (batch, length, ...) to packed sequences (total, ...) and back.
 
-All four are differentiable. The fact to know: `unpad_input` returns five things since version 2.7, the last one how many
-rows of each sequence are used where an `unused_mask` sets others aside.
+All four are differentiable. The fact to know: `unpad_input` returns five things since version 2.7, the last one how
+many rows of each sequence are used where an `unused_mask` sets others aside.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How a call of flash-attn becomes calls of `tilefold.attention`: batches as they are, ragged ones packed.
 
-All tensors are (..., length, heads, dim) here, and become (..., heads, length, dim) by a view. Packed sequences may leave
-rows unused at their ends (`seqused`), keys may lie in pages: then the rows in use are gathered into a private copy,
-O(n), and nothing else is read. Rows of no sequence come back as 0, their lse as -inf.
+All tensors are (..., length, heads, dim) here, and become (..., heads, length, dim) by a view. Packed sequences may
+leave rows unused at their ends (`seqused`), keys may lie in pages: then the rows in use are gathered into a private
+copy, O(n), and nothing else is read. Rows of no sequence come back as 0, their lse as -inf.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def dense(
         options["kv_lengths"] = kv_lengths
     if scores.alibi is not None:
         options["alibi"] = scores.alibi
-    views = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = _called(*views, options, want_lse)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = _called(q, k, v, options, want_lse)
     return out.transpose(1, 2), lse
 
 
@@ -68,20 +68,21 @@ def packed(
     import torch
 
     options = scores.options()
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     if scores.alibi is None or scores.alibi.ndim == 1:
         if scores.alibi is not None:
             options["alibi"] = scores.alibi
-        views = (x.transpose(0, 1) for x in (q, k, v))
-        out, lse = _called(*views, options | {"cu_seqlens_q": q_ends, "cu_seqlens_k": k_ends}, want_lse)
+        options |= {"cu_seqlens_q": q_ends, "cu_seqlens_k": k_ends}
+        out, lse = _called(q, k, v, options, want_lse)
         return out.transpose(0, 1), lse
     parts = []  # each sequence has slopes of its own, which a packed call has not
     for slopes, q0, q1, k0, k1 in zip(
         scores.alibi, *(x.tolist() for x in (q_ends[:-1], q_ends[1:], k_ends[:-1], k_ends[1:])), strict=True
     ):
-        views = (x.transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        parts.append(_called(*views, options | {"alibi": slopes}, True))
+        rows = q[:, q0:q1], k[:, k0:k1], v[:, k0:k1]
+        parts.append(_called(*rows, options | {"alibi": slopes}, True))
     if not parts:
-        return q.new_empty((0, q.shape[1], v.shape[2])), q.new_empty((q.shape[1], 0), dtype=torch.float32)
+        return q.new_empty((0, len(q), v.shape[2])), q.new_empty((len(q), 0), dtype=torch.float32)
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, 1).transpose(0, 1), torch.cat(lses, 1)
 

@@ -71,8 +71,9 @@ def flash_attn_kvpacked_func(
     """`flash_attn_func` of keys and values in one tensor kv (batch, kv_len, 2, kv_heads, dim)."""
     checks.tensor("kv", kv)
     checks.shape("kv", kv, "batch", "kv_len", 2, "kv_heads", "dim")
+    k, v = kv.unbind(2)
     return flash_attn_func(
-        q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
 
@@ -85,8 +86,9 @@ def flash_attn_qkvpacked_func(
     """`flash_attn_func` of queries, keys and values in one tensor qkv (batch, length, 3, heads, dim)."""
     checks.tensor("qkv", qkv)
     checks.shape("qkv", qkv, "batch", "length", 3, "heads", "dim")
+    q, k, v = qkv.unbind(2)
     return flash_attn_func(
-        *qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
 
@@ -151,8 +153,9 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` of keys and values in one tensor kv (total_k, 2, kv_heads, dim)."""
     checks.tensor("kv", kv)
     checks.shape("kv", kv, "total_k", 2, "kv_heads", "dim")
+    k, v = kv.unbind(1)
     return flash_attn_varlen_func(
-        q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -166,8 +169,9 @@ def flash_attn_varlen_qkvpacked_func(
     """`flash_attn_varlen_func` of queries, keys and values in one tensor qkv (total, 3, heads, dim)."""
     checks.tensor("qkv", qkv)
     checks.shape("qkv", qkv, "total", 3, "heads", "dim")
+    q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
-        *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ def flash_attn_qkvpacked_func(
     checks.tensor("qkv", qkv)
     if qkv.ndim == 5:
         checks.shape("qkv", qkv, "batch", "length", 3, "heads", "dim")
-        parts = qkv.unbind(2)
+        q, k, v = qkv.unbind(2)
     else:
         checks.shape("qkv", qkv, "batch", "length", "heads + 2 * kv_heads", "dim")
         if num_heads_q is None:
@@ -87,9 +87,9 @@ def flash_attn_qkvpacked_func(
             raise ValueError(
                 f"num_heads_q leaves no keys and values of {qkv.shape[2]} heads, got {num_heads_q}"
             )
-        parts = qkv.split([num_heads_q, kv_heads, kv_heads], 2)
+        q, k, v = qkv.split([num_heads_q, kv_heads, kv_heads], 2)
     return flash_attn_func(
-        *parts, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk,
+        q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk,
         softcap, deterministic=deterministic, return_attn_probs=return_attn_probs,
     )  # fmt: skip
 

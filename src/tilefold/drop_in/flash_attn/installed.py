@@ -9,11 +9,13 @@ that ``Version(flash_attn.__version__) >= Version("2.8")`` is true and a bug rep
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from . import bert_padding, fa2, fa3, fa4
 
 VERSION = "2.8.3+tilefold"
 TOPS = ("flash_attn", "flash_attn_interface")
@@ -30,17 +32,17 @@ _FA3 = (
 _FA4 = ("flash_attn_func", "flash_attn_varlen_func")
 _PADDING = ("index_first_axis", "index_put_first_axis", "pad_input", "unpad_input")
 MODULES = {
-    "flash_attn": ("fa2", _FA2),
-    "flash_attn.flash_attn_interface": ("fa2", _FA2),
-    "flash_attn.bert_padding": ("bert_padding", _PADDING),
-    "flash_attn.cute": ("fa4", _FA4),
-    "flash_attn.cute.interface": ("fa4", ("flash_attn_combine", *_FA4)),
-    "flash_attn_interface": ("fa3", _FA3),
+    "flash_attn": (fa2, _FA2),
+    "flash_attn.flash_attn_interface": (fa2, _FA2),
+    "flash_attn.bert_padding": (bert_padding, _PADDING),
+    "flash_attn.cute": (fa4, _FA4),
+    "flash_attn.cute.interface": (fa4, ("flash_attn_combine", *_FA4)),
+    "flash_attn_interface": (fa3, _FA3),
 }
 PACKAGES = ("flash_attn", "flash_attn.cute")
 
 
-class _Finder:
+class _Finder(Loader):
     """Finder and loader of those modules."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -48,7 +50,7 @@ class _Finder:
             return ModuleSpec(
                 name,
                 self,
-                origin=f"tilefold.drop_in.flash_attn.{MODULES[name][0]}",
+                origin=MODULES[name][0].__name__,
                 is_package=name in PACKAGES,
             )
         if name.partition(".")[0] in TOPS:
@@ -65,8 +67,7 @@ class _Finder:
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
-        file, names = MODULES[name]
-        source = import_module(f".{file}", __package__)
+        source, names = MODULES[name]
         found = {key: getattr(source, key) for key in names}
         module.__dict__.update(found, __version__=VERSION, __all__=list(names), __doc__=source.__doc__)
         module.__dict__["__getattr__"] = lambda key: _lacks(name, key)

@@ -79,15 +79,19 @@ class Store:
                 raise ValueError(f"{name} must have a contiguous last dimension, got strides {x.stride()}")
         self.k, self.v = k_cache, v_cache
         self.batch = len(q) if batch is None else batch
-        self.table_name, self.table, self.leftpad = table_name, None, None
+        self.table_name = table_name
+        self.table: Any = None
+        self.leftpad: Any = None
         self.capacity = k_cache.shape[1]
-        self.rows = self._rows(batch_idx) if table is None else None
+        self.rows: Any = None
         if table is not None:
             if batch_idx is not None or leftpad is not None:
                 raise ValueError(f"{table_name} excludes cache_batch_idx and cache_leftpad")
             self.table = checks.integers(table_name, table, self.batch, "pages per sequence")
             self.capacity *= self.table.shape[1]
-        elif leftpad is not None:
+            return
+        self.rows = self._rows(batch_idx)
+        if leftpad is not None:
             self.leftpad = checks.integers("cache_leftpad", leftpad, self.batch)
 
     def _rows(self, batch_idx: Any) -> Tensor:
