@@ -106,6 +106,8 @@ OPTIONS = {
     "alibi": {"alibi_slopes": SLOPES},
     "alibi, causal": {"alibi_slopes": SLOPES, "causal": True},
     "alibi, causal by window": {"alibi_slopes": SLOPES, "window_size": (50, 0)},
+    "alibi, window of all keys": {"alibi_slopes": SLOPES, "window_size": (9, 0)},
+    "alibi, window of all but one": {"alibi_slopes": SLOPES, "window_size": (8, 0)},
     "alibi, window": {"alibi_slopes": SLOPES, "window_size": (3, 0)},
     "alibi by item": {"alibi_slopes": BY_ITEM},
     "alibi by item, causal, softcap": {"alibi_slopes": BY_ITEM, "causal": True, "softcap": 2.0},
@@ -492,6 +494,28 @@ def test_wrong_packing():
     wrong(
         r"alibi_slopes must have shape \(4,\) or \(2, 4\)", *right, alibi_slopes=torch.ones(3, 4), call=call
     )
+
+
+def test_only_private_copies_of_indices_are_used(monkeypatch):
+    """A caller who overwrites them during a call changes nothing."""
+    from tilefold.drop_in.flash_attn import calls
+
+    q, k, v, _ = packed_operands([3, 4], [5, 2])
+    *pages, table = paged((k, v), [5, 2], 2)
+    indices = [ends([3, 4]).long(), ends([5, 2]).long(), table.long()]
+
+    def call():
+        return fa.flash_attn_varlen_func(q, *pages, *indices[:2], 4, 5, block_table=indices[2])
+
+    expected, attention = call(), calls.attention
+
+    def meanwhile(*args, **options):
+        for x in indices:
+            x.fill_(10**9)
+        return attention(*args, **options)
+
+    monkeypatch.setattr(calls, "attention", meanwhile)
+    assert torch.equal(call(), expected)
 
 
 def test_wrong_block_tables():

@@ -4,9 +4,11 @@ Each check of an installation runs in a fresh interpreter, since what other libr
 remember.
 """
 
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +168,12 @@ def test_transformers_does_not_take_it_for_the_real_one():
         from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
         assert not is_flash_attn_2_available() and not is_flash_attn_greater_or_equal("2.1")
     """)
+
+
+def test_the_page_about_it_runs():
+    text = (Path(__file__).parents[2] / "docs" / "flash_attn.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    fresh(source + "\nassert padded.shape == q.shape and float(k_cache[:, 2].abs().sum()) > 0")
 
 
 # ---- padding -------------------------------------------------------------------------------------------------

@@ -315,7 +315,7 @@ def test_wrong_tables():
 # ---- rotation ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["plain", "causal", "window", "(-1, 0)", "too wide to be one"])
+@pytest.mark.parametrize("key", ["plain", "causal", "window", "(-1, 0)", "too wide to be one", "barely"])
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 @pytest.mark.parametrize("rotary_dim", [16, 20, 2])
 @pytest.mark.parametrize("version", VERSIONS)
@@ -332,8 +332,10 @@ def test_types_of_a_rotation(name):
 def rotated(version, rotary_dim, interleaved, key, dtype):
     o = {
         **OPTIONS, "(-1, 0)": {"window_size": (-1, 0)}, "too wide to be one": {"window_size": (14, 50)},
+        "barely": {"window_size": (12, 3)},
     }[key]  # fmt: skip
-    steady = key in ("plain", "too wide to be one")
+    # 12 of 13 rows, 3 of 4 queries: version 3 finds that nothing is left to hide, version 2 does not
+    steady = key in ("plain", "too wide to be one") or (key == "barely" and version == "3")
     k_cache, v_cache = cache(LENGTHS, 13, dtype=dtype)
     old = k_cache.clone()
     q, k, v = tensors((3, 4, HEADS, DIM), *[(3, 4, KV_HEADS, DIM)] * 2, dtype=dtype)
