@@ -202,6 +202,20 @@ def test_the_lse_has_no_gradient():
     assert not lse.requires_grad
 
 
+def test_autocast_changes_no_type():
+    q, k, v = qkv()
+    expected = fa.flash_attn_func(q, k, v, causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fa.flash_attn_func(q, k, v, causal=True), expected)
+
+
+def test_slopes_have_no_gradient():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    slopes = SLOPES.clone().requires_grad_()
+    fa.flash_attn_func(q, k, v, alibi_slopes=slopes, causal=True).sum().backward()
+    assert slopes.grad is None
+
+
 def test_inputs_are_not_written():
     given = qkv()
     kept = [x.clone() for x in given]

@@ -90,6 +90,11 @@ def packed(
 def _called(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], want_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
+    import torch
+
+    if torch.is_autocast_enabled("cpu"):  # which changes no type of flash-attn's inputs
+        with torch.autocast("cpu", enabled=False):
+            return _called(q, k, v, options, want_lse)
     if want_lse:
         return attention(q, k, v, **options, return_lse=True)
     return attention(q, k, v, **options), None
@@ -102,6 +107,7 @@ class Side:
     counts: Tensor  # (B,) rows in use
     at: tuple[Tensor, ...] | slice  # the index of those rows, sequence by sequence
     rows: tuple[int, ...]  # the leading sizes of the tensor that is indexed
+    batch: bool = False  # whether that is (B, length): sequences all begin where attention expects them
 
     @property
     def ends(self) -> Tensor:
@@ -149,8 +155,8 @@ def in_batch(x: Tensor, counts: Tensor | None) -> Side:
 
     batch, length = x.shape[:2]
     if counts is None:
-        return Side(torch.full((batch,), length), slice(None), (batch, length))
-    return Side(counts, steps(counts), (batch, length))
+        return Side(torch.full((batch,), length), slice(None), (batch, length), batch=True)
+    return Side(counts, steps(counts), (batch, length), batch=True)
 
 
 def in_row(x: Tensor, ends: Tensor, counts: Tensor | None) -> Side:
@@ -190,6 +196,9 @@ def ragged(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of sequences that lie anywhere: out where q lies; lse (heads, total) if that is packed, else
     (B, heads, q_len)."""
+    if queries.batch and keys.batch:
+        ends = (None if isinstance(side.at, slice) else side.counts for side in (queries, keys))
+        return dense(q, k, v, scores, want_lse, *ends)
     out, lse = packed(queries.take(q), keys.take(k), keys.take(v), queries.ends, keys.ends, scores, want_lse)
     out = queries.give(out, 0.0)
     if lse is None:

@@ -120,7 +120,9 @@ def used(name: str, x: Any, most: Tensor) -> Tensor:
 
 def maximum(name: str, x: Any, lengths: Tensor) -> int:
     """`x`, the caller's maximum, or the longest of `lengths`; ValueError if rows would be left out."""
-    if x is not None and is_traced(lengths):
+    if is_traced(lengths):
+        if x is None:
+            raise TypeError(f"{name} must be given in a compiled program, got None")
         return int(x)
     longest = int(lengths.max()) if len(lengths) else 0
     if x is None:
@@ -130,10 +132,10 @@ def maximum(name: str, x: Any, lengths: Tensor) -> int:
     return int(x)
 
 
-def slopes(x: Any, batch: int, heads: int) -> None:
-    """TypeError or ValueError unless `x` is None or ALiBi slopes (heads,) or (batch, heads)."""
+def slopes(x: Any, batch: int, heads: int) -> Tensor | None:
+    """ALiBi slopes (heads,) or (batch, heads), which have no gradient; TypeError or ValueError for anything else."""
     if x is None:
-        return
+        return None
     tensor("alibi_slopes", x)
     if not x.is_floating_point():
         raise TypeError(f"alibi_slopes must be float32, got {x.dtype}")
@@ -141,6 +143,7 @@ def slopes(x: Any, batch: int, heads: int) -> None:
         raise ValueError(
             f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {tuple(x.shape)}"
         )
+    return x.detach()
 
 
 def no_dropout(p: float) -> None:

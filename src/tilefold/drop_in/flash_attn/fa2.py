@@ -54,9 +54,9 @@ def flash_attn_func(
     checks.shape("q", q, "batch", "q_len", "heads", "dim")
     checks.shape("k", k, q.shape[0], "kv_len", "kv_heads", q.shape[3])
     checks.heads(q, k, v)
-    checks.slopes(alibi_slopes, q.shape[0], q.shape[2])
+    slopes = checks.slopes(alibi_slopes, q.shape[0], q.shape[2])
     seen = sight.fa2(causal, window_size, k.shape[1])
-    scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=alibi_slopes)
+    scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=slopes)
     out, lse = dense(q, k, v, scores, return_attn_probs)
     if not return_attn_probs:
         return out
@@ -137,9 +137,9 @@ def flash_attn_varlen_func(
         keys = in_pages(k, block_table, k_ends[1:] - k_ends[:-1], batch, "block_table")
     checks.maximum("max_seqlen_q", max_seqlen_q, queries.counts)
     k_most = checks.maximum("max_seqlen_k", max_seqlen_k, keys.counts)
-    checks.slopes(alibi_slopes, batch, q.shape[1])
+    slopes = checks.slopes(alibi_slopes, batch, q.shape[1])
     seen = sight.fa2(causal, window_size, k_most)
-    scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=alibi_slopes)
+    scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=slopes)
     out, lse = ragged(q, k, v, queries, keys, scores, return_attn_probs)
     return (out, _lse_of_rows(lse, scores, queries, keys), q.new_empty(0)) if return_attn_probs else out
 
@@ -217,8 +217,8 @@ def flash_attn_with_kvcache(
     """
     store = kvcache.Store(q, k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table, "block_table")
     seen = sight.fa2(causal, window_size, store.capacity)
-    checks.slopes(alibi_slopes, len(q), q.shape[2])
-    scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=alibi_slopes)
+    slopes = checks.slopes(alibi_slopes, len(q), q.shape[2])
+    scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=slopes)
     rotary = kvcache.rotary_of(rotary_cos, rotary_sin, rotary_interleaved)
     out, lse, counts = kvcache.attend(store, q, k, v, cache_seqlens, scores, rotary, return_softmax_lse)
     if not return_softmax_lse:
@@ -233,7 +233,7 @@ def lse_of_batch(lse: Tensor, scores: Scores, offset: Any) -> Tensor:
     lse = lse.detach()
     if scores.alibi is not None and scores.sight.causal:
         at = torch.arange(lse.shape[-1]) + offset
-        lse = lse + scores.alibi.detach()[..., None].to(lse.dtype) * at
+        lse = lse + scores.alibi[..., None].to(lse.dtype) * at
     return _unseen(lse)
 
 
@@ -243,7 +243,7 @@ def _lse_of_rows(lse: Tensor, scores: Scores, queries: Side, keys: Side) -> Tens
     if scores.alibi is not None and scores.sight.causal:
         which, place = steps(queries.counts)
         at = place + (keys.counts - queries.counts)[which]
-        slopes = scores.alibi.detach().to(lse.dtype)
+        slopes = scores.alibi.to(lse.dtype)
         slope = slopes[:, None] if slopes.ndim == 1 else slopes[which].T
         lse = lse.clone()
         lse[:, : len(at)] += slope * at

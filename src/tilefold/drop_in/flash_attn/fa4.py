@@ -112,8 +112,9 @@ def flash_attn_varlen_func(
         aux_tensors=aux_tensors, aux_scalars=aux_scalars, block_sparse_tensors=block_sparse_tensors,
     )  # fmt: skip
     queries, keys = fa3.sides(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
-    checks.maximum("max_seqlen_q", max_seqlen_q, queries.counts)
-    checks.maximum("max_seqlen_k", max_seqlen_k, keys.counts)
+    for name, most, side in (("max_seqlen_q", max_seqlen_q, queries), ("max_seqlen_k", max_seqlen_k, keys)):
+        if most is not None:
+            checks.maximum(name, most, side.counts)
     scores = _scores(q, causal, window_size, softmax_scale, softcap, learnable_sink)
     want_lse = return_lse or _will_have_gradients(q, k, v)
     out, lse = ragged(q, k, v, queries, keys, scores, want_lse)

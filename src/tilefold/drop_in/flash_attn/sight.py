@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...masks import Mask, band
 
 
@@ -69,7 +71,7 @@ def _signed(causal: bool, left: int, right: int, most_left: int, most_right: int
 
 
 def _pair(window_size: Any, none: bool = False) -> Any:
-    kinds = (int, type(None)) if none else (int,)
+    kinds = (int, np.integer, type(None)) if none else (int, np.integer)
     words = "None or an integer" if none else "an integer, -1 for infinite"
     pair = window_size if isinstance(window_size, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(x, kinds) for x in pair):
