@@ -427,14 +427,19 @@ def test_gradients_through_pages():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_whole():
-    """One graph, same bits, forward and backward, packed sequences too."""
+    """One graph, same bits, forward and backward; packed and padded sequences too."""
+    from tilefold.drop_in.flash_attn import fa3, fa4
+
     q, k, v = qkv()
+    lengths = torch.tensor([3, 9], dtype=int32)
     args = (ends([3, 0, 4]), ends([5, 0, 4]), 4, 5)
 
     def both(q, k, v, q_ends, k_ends):
         out = fa.flash_attn_func(q, k, v, causal=True, window_size=(4, -1))
         rows = fa.flash_attn_varlen_func(q[0], k[0], v[0], q_ends, k_ends, *args[2:], causal=True)
-        return out, rows
+        _, lse = fa4.flash_attn_func(q, k, v, window_size=(3, -1), learnable_sink=SLOPES, return_lse=True)
+        padded = fa3.flash_attn_varlen_func(q, k, v, None, None, 7, 9, None, lengths, attention_chunk=4)
+        return out, rows, lse, padded
 
     leaves = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2)]
     results = (
@@ -442,7 +447,7 @@ def test_compiled_whole():
         torch.compile(both, fullgraph=True, backend="aot_eager")(*leaves[1], *args[:2]),
     )
     for some in results:
-        (some[0].sum() + some[1].sum()).backward()
+        sum(x.sum() for x in some).backward()
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
     for x, y in zip(*leaves, strict=True):

@@ -105,9 +105,15 @@ class Side:
     """The queries, or the keys, of ragged sequences: where the rows of each are, and how many of them count."""
 
     counts: Tensor  # (B,) rows in use
-    at: tuple[Tensor, ...] | slice  # the index of those rows, sequence by sequence
+    index: (
+        tuple[Tensor, ...] | slice | None
+    )  # of those rows, sequence by sequence; None: the first of each in a batch
     rows: tuple[int, ...]  # the leading sizes of the tensor that is indexed
     batch: bool = False  # whether that is (B, length): sequences all begin where attention expects them
+
+    @property
+    def at(self) -> tuple[Tensor, ...] | slice:
+        return steps(self.counts) if self.index is None else self.index
 
     @property
     def ends(self) -> Tensor:
@@ -115,23 +121,23 @@ class Side:
 
     def take(self, x: Tensor) -> Tensor:
         """The rows in use, one after another: a view where they lie so, else a copy."""
-        if isinstance(self.at, slice):
-            return x.reshape(-1, *x.shape[len(self.rows) :])[self.at]
-        return x[self.at]
+        at = self.at
+        return x.reshape(-1, *x.shape[len(self.rows) :])[at] if isinstance(at, slice) else x[at]
 
     def give(self, packed: Tensor, fill: float) -> Tensor:
         """The inverse, for results: rows in use where they were, `fill` elsewhere."""
         total = 1
         for n in self.rows:
             total *= n
-        if len(packed) == total and isinstance(self.at, slice):
+        at = self.at
+        if len(packed) == total and isinstance(at, slice):
             return packed.reshape(*self.rows, *packed.shape[1:])
         whole = packed.new_full((*self.rows, *packed.shape[1:]), fill)
-        if isinstance(self.at, slice):
+        if isinstance(at, slice):
             flat = whole.reshape(-1, *packed.shape[1:])
-            flat[self.at] = packed
+            flat[at] = packed
             return flat.reshape(whole.shape)
-        return whole.index_put(self.at, packed)
+        return whole.index_put(at, packed)
 
 
 def ends_of(counts: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def in_batch(x: Tensor, counts: Tensor | None) -> Side:
     batch, length = x.shape[:2]
     if counts is None:
         return Side(torch.full((batch,), length), slice(None), (batch, length), batch=True)
-    return Side(counts, steps(counts), (batch, length), batch=True)
+    return Side(counts, None, (batch, length), batch=True)
 
 
 def in_row(x: Tensor, ends: Tensor, counts: Tensor | None) -> Side:
@@ -197,7 +203,7 @@ def ragged(
     """Attention of sequences that lie anywhere: out where q lies; lse (heads, total) if that is packed, else
     (B, heads, q_len)."""
     if queries.batch and keys.batch:
-        ends = (None if isinstance(side.at, slice) else side.counts for side in (queries, keys))
+        ends = (side.counts if side.index is None else None for side in (queries, keys))
         return dense(q, k, v, scores, want_lse, *ends)
     out, lse = packed(queries.take(q), keys.take(k), keys.take(v), queries.ends, keys.ends, scores, want_lse)
     out = queries.give(out, 0.0)

@@ -113,7 +113,7 @@ def cumulative(name: str, x: Any, total: int, batch: int | None = None) -> Tenso
 def used(name: str, x: Any, most: Tensor) -> Tensor:
     """How many rows of each sequence are used, as a private copy: none below 0 or above `most`."""
     counts = integers(name, x, len(most))
-    if bool(((counts < 0) | (counts > most)).any()):
+    if not is_traced(x) and bool(((counts < 0) | (counts > most)).any()):
         raise ValueError(f"{name} must lie between 0 and the lengths {most.tolist()}, got {counts.tolist()}")
     return counts
 
