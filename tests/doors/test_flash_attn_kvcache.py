@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from flash_oracle import by_position, near, sequence, signed, slanted  # noqa: E402
 
+import tilefold as tf  # noqa: E402
+from tilefold.drop_in.flash_attn import calls as calls_of  # noqa: E402
 from tilefold.drop_in.flash_attn import fa2, fa3  # noqa: E402
 
 INF, NAN = float("inf"), float("nan")
@@ -514,6 +516,41 @@ def test_steps_reproduce_a_whole_sequence():
             ),
         ):
             assert torch.equal(got, whole[:, now])
+
+
+def test_a_default_device_elsewhere_changes_nothing(monkeypatch):
+    """Index tensors that these functions make for themselves are on the CPU, as their arguments are."""
+
+    def at_home(*args, **options):
+        with torch.device("cpu"):
+            return tf.attention(*args, **options)
+
+    monkeypatch.setattr(calls_of, "attention", at_home)
+    q, k, v = tensors((2, 2, HEADS, DIM), *[(2, 2, KV_HEADS, DIM)] * 2)
+    slopes, sizes, angles = torch.ones(HEADS), ints(0, 2, 4), torch.ones(8, 8)
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    k_pages, v_pages, table, _ = in_pages([3, 1], 4, 2)
+    k_cache, v_cache = cache([3, 1], 8)
+
+    def calls():
+        more = {"alibi_slopes": slopes, "causal": True, "return_attn_probs": True}
+        yield fa2.flash_attn_varlen_func(*rows, sizes, sizes, 2, 2, **more)
+        more = {"cache_seqlens": ints_, "causal": True, "return_softmax_lse": True}
+        yield fa2.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, angles, angles, **more, alibi_slopes=slopes
+        )
+        yield fa3.flash_attn_with_kvcache(q, k_pages, v_pages, k, v, page_table=table, **more)
+        yield fa3.flash_attn_with_kvcache(q, k_cache, v_cache, return_softmax_lse=True)
+        yield fa3.flash_attn_varlen_func(q, k, v, None, None, 2, 2, ints_, ints_, return_attn_probs=True)
+
+    ints_ = ints(1, 1)
+    expected = list(calls())
+    with torch.device("meta"):
+        got = list(calls())
+    for some, others in zip(got, expected, strict=True):
+        for x, y in zip(some, others, strict=True):
+            assert x.device.type == "cpu"
+            assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
 def test_signature_of_version_3():

@@ -107,9 +107,14 @@ class Side:
     counts: Tensor  # (B,) rows in use
     index: (
         tuple[Tensor, ...] | slice | None
-    )  # of those rows, sequence by sequence; None: the first of each in a batch
+    )  # of those rows, one sequence after another; None: made when needed
     rows: tuple[int, ...]  # the leading sizes of the tensor that is indexed
-    batch: bool = False  # whether that is (B, length): sequences all begin where attention expects them
+    known_ends: Tensor | None = None  # the cumulative counts
+
+    @property
+    def batch(self) -> bool:
+        """Whether sequences lie in a batch, each beginning where attention expects it."""
+        return len(self.rows) == 2 and not isinstance(self.index, tuple)
 
     @property
     def at(self) -> tuple[Tensor, ...] | slice:
@@ -117,7 +122,7 @@ class Side:
 
     @property
     def ends(self) -> Tensor:
-        return ends_of(self.counts)
+        return ends_of(self.counts) if self.known_ends is None else self.known_ends
 
     def take(self, x: Tensor) -> Tensor:
         """The rows in use, one after another: a view where they lie so, else a copy."""
@@ -151,8 +156,8 @@ def steps(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of ragged sequences: which sequence it is in, and at which place there."""
     import torch
 
-    which = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return which, torch.arange(len(which)) - ends_of(counts)[which]
+    which = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+    return which, torch.arange(len(which), device="cpu") - ends_of(counts)[which]
 
 
 def in_batch(x: Tensor, counts: Tensor | None) -> Side:
@@ -161,17 +166,17 @@ def in_batch(x: Tensor, counts: Tensor | None) -> Side:
 
     batch, length = x.shape[:2]
     if counts is None:
-        return Side(torch.full((batch,), length), slice(None), (batch, length), batch=True)
-    return Side(counts, None, (batch, length), batch=True)
+        return Side(torch.full((batch,), length, device="cpu"), slice(None), (batch, length))
+    return Side(counts, None, (batch, length))
 
 
 def in_row(x: Tensor, ends: Tensor, counts: Tensor | None) -> Side:
     """Sequences packed as (total, ...) that end at `ends`, of which the first `counts` rows are in use, or all."""
     lengths = ends[1:] - ends[:-1]
     if counts is None and is_traced(ends):
-        return Side(lengths, slice(None), (len(x),))
+        return Side(lengths, slice(None), (len(x),), ends)
     if counts is None or bool((counts == lengths).all()):
-        return Side(lengths, slice(0, int(ends[-1])), (len(x),))
+        return Side(lengths, slice(0, int(ends[-1])), (len(x),), ends)
     which, place = steps(counts)
     return Side(counts, (ends[:-1][which] + place,), (len(x),))
 
@@ -185,7 +190,7 @@ def in_pages(pages: Tensor, table: Any, counts: Tensor | None, batch: int, name:
 
     entries = checks.integers(name, table, batch, "pages per sequence")
     number, length = pages.shape[:2]
-    most = torch.full((batch,), entries.shape[1] * length)
+    most = torch.full((batch,), entries.shape[1] * length, device="cpu")
     counts = most if counts is None else counts
     if bool((counts > most).any()):
         raise ValueError(

@@ -47,6 +47,26 @@ def tensor(name: str, x: Any) -> None:
         )
 
 
+def batches(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """All of this for batches (batch, length, heads, dim); what is right is seen in one look."""
+    try:
+        right = (
+            q.dtype is k.dtype is v.dtype
+            and q.is_cpu and k.is_cpu and v.is_cpu
+            and q.is_floating_point() and q.element_size() > 1
+            and q.ndim == k.ndim == v.ndim == 4
+            and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3] and k.shape[:3] == v.shape[:3]
+            and k.shape[2] and q.shape[2] % k.shape[2] == 0
+        )  # fmt: skip
+    except AttributeError:  # no tensors
+        right = False
+    if not right:
+        floats(q=q, k=k, v=v)
+        shape("q", q, "batch", "q_len", "heads", "dim")
+        shape("k", k, q.shape[0], "kv_len", "kv_heads", q.shape[3])
+        heads(q, k, v)
+
+
 def shape(name: str, x: Tensor, *sizes: int | str) -> None:
     """ValueError unless `x` has these sizes; a word stands for any size."""
     fits = x.ndim == len(sizes) and all(
@@ -89,7 +109,8 @@ def within(name: str, x: Tensor, least: int, most: int) -> None:
     """ValueError unless all integers of `x` lie between `least` and `most`, both included."""
     if is_traced(x) or not x.numel():
         return
-    low, high = int(x.min()), int(x.max())
+    numbers = x.numpy()
+    low, high = int(numbers.min()), int(numbers.max())
     if low < least or high > most:
         raise ValueError(f"{name} must lie within {least} and {most}, got {low if low < least else high}")
 
@@ -101,12 +122,13 @@ def cumulative(name: str, x: Any, total: int, batch: int | None = None) -> Tenso
         raise ValueError(f"{name} must hold at least the 0 it starts with")
     if is_traced(x):
         return ends
-    if int(ends[0]) != 0:
-        raise ValueError(f"{name} must start at 0, got {int(ends[0])}")
-    if bool((ends[1:] < ends[:-1]).any()):
-        raise ValueError(f"{name} must not decrease, got {ends.tolist()}")
-    if int(ends[-1]) > total:
-        raise ValueError(f"{name} must not go beyond the {total} packed rows, got {int(ends[-1])}")
+    numbers = ends.numpy()
+    if numbers[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {numbers[0]}")
+    if (numbers[1:] < numbers[:-1]).any():
+        raise ValueError(f"{name} must not decrease, got {numbers.tolist()}")
+    if numbers[-1] > total:
+        raise ValueError(f"{name} must not go beyond the {total} packed rows, got {numbers[-1]}")
     return ends
 
 
@@ -124,7 +146,7 @@ def maximum(name: str, x: Any, lengths: Tensor) -> int:
         if x is None:
             raise TypeError(f"{name} must be given in a compiled program, got None")
         return int(x)
-    longest = int(lengths.max()) if len(lengths) else 0
+    longest = int(lengths.numpy().max(initial=0))
     if x is None:
         return longest
     if int(x) < longest:

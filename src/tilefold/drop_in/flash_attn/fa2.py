@@ -50,10 +50,7 @@ def flash_attn_func(
     torch.Size([2, 100, 8, 64])
     """
     checks.no_dropout(dropout_p)
-    checks.floats(q=q, k=k, v=v)
-    checks.shape("q", q, "batch", "q_len", "heads", "dim")
-    checks.shape("k", k, q.shape[0], "kv_len", "kv_heads", q.shape[3])
-    checks.heads(q, k, v)
+    checks.batches(q, k, v)
     slopes = checks.slopes(alibi_slopes, q.shape[0], q.shape[2])
     seen = sight.fa2(causal, window_size, k.shape[1])
     scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=slopes)
@@ -232,7 +229,7 @@ def lse_of_batch(lse: Tensor, scores: Scores, offset: Any) -> Tensor:
 
     lse = lse.detach()
     if scores.alibi is not None and scores.sight.causal:
-        at = torch.arange(lse.shape[-1]) + offset
+        at = torch.arange(lse.shape[-1], device="cpu") + offset
         lse = lse + scores.alibi[..., None].to(lse.dtype) * at
     return _unseen(lse)
 

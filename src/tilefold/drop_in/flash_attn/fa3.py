@@ -57,10 +57,7 @@ def flash_attn_func(
     """
     checks.absent(NO_QV, qv=qv)
     checks.absent(NO_FP8, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    checks.floats(q=q, k=k, v=v)
-    checks.shape("q", q, "batch", "q_len", "heads", "dim")
-    checks.shape("k", k, q.shape[0], "kv_len", "kv_heads", q.shape[3])
-    checks.heads(q, k, v)
+    checks.batches(q, k, v)
     seen = sight.fa3(causal, window_size, q.shape[1], k.shape[1])
     out, lse = dense(q, k, v, _scores(seen, softmax_scale, softcap, attention_chunk), return_attn_probs)
     return (out.contiguous(), lse.detach()) if lse is not None else out.contiguous()
@@ -282,7 +279,7 @@ def sides(
 def _used(name: str, x: Any, batch: int, most: int) -> Tensor | None:
     import torch
 
-    return None if x is None else checks.used(name, x, torch.full((batch,), most))
+    return None if x is None else checks.used(name, x, torch.full((batch,), most, device="cpu"))
 
 
 def _scores(seen: sight.Sight, scale: float | None, softcap: float, attention_chunk: int) -> Scores:

@@ -62,10 +62,7 @@ def flash_attn_func(
         aux_tensors=aux_tensors, aux_scalars=aux_scalars, block_sparse_tensors=block_sparse_tensors,
         block_sparse_tensors_bwd=block_sparse_tensors_bwd,
     )  # fmt: skip
-    checks.floats(q=q, k=k, v=v)
-    checks.shape("q", q, "batch", "q_len", "heads", "dim")
-    checks.shape("k", k, q.shape[0], "kv_len", "kv_heads", q.shape[3])
-    checks.heads(q, k, v)
+    checks.batches(q, k, v)
     scores = _scores(q, causal, window_size, softmax_scale, softcap, learnable_sink)
     want_lse = return_lse or _will_have_gradients(q, k, v)
     out, lse = dense(q, k, v, scores, want_lse)

@@ -101,7 +101,7 @@ class Store:
         if batch_idx is None:
             if len(self.k) < self.batch:
                 raise ValueError(f"k_cache has {len(self.k)} sequences, q {self.batch}")
-            return torch.arange(self.batch)
+            return torch.arange(self.batch, device="cpu")
         rows = checks.integers("cache_batch_idx", batch_idx, self.batch)
         checks.within("cache_batch_idx", rows, 0, len(self.k) - 1)
         return rows
@@ -171,9 +171,9 @@ def _before(store: Store, cache_seqlens: Any, appends: bool) -> Tensor:
     if cache_seqlens is None:
         if appends:
             raise TypeError("cache_seqlens must say where k and v are appended, got None")
-        return torch.full((store.batch,), store.capacity)
+        return torch.full((store.batch,), store.capacity, device="cpu")
     if isinstance(cache_seqlens, int):
-        before = torch.full((store.batch,), cache_seqlens)
+        before = torch.full((store.batch,), cache_seqlens, device="cpu")
     else:
         before = checks.integers("cache_seqlens", cache_seqlens, store.batch)
     checks.within("cache_seqlens", before, 0, store.capacity)
