@@ -8,6 +8,8 @@ import inspect
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -420,6 +422,42 @@ def test_gradients_through_pages():
         place = torch.tensor([0, 1, 0, 1, 0, 0, 1, 0, 1])
         assert torch.equal(page.grad[where, place], row.grad)
         assert float(page.grad.abs().sum()) == pytest.approx(float(row.grad.abs().sum()))
+
+
+@settings(max_examples=60)
+@given(
+    q_len=st.integers(0, 5),
+    sizes=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    key=st.sampled_from(["plain", "causal", "both", "softcap", "alibi, causal", "alibi, window"]),
+    name=st.sampled_from(list(TYPES)),
+    page_len=st.sampled_from([1, 7, 64]),
+    seed=st.integers(0, 99),
+)
+def test_same_bits_however_sequences_lie(q_len, sizes, key, name, page_len, seed):
+    """Each alone, packed, in pages, in a cache, in a cache of pages, in a cache picked by index: the same bits."""
+    o, batch = OPTIONS[key], len(sizes)
+    q, k, v = qkv(batch, q_len, max(sizes), dtype=TYPES[name], seed=seed)
+    alone = torch.cat(
+        [
+            fa.flash_attn_func(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], **o)
+            for b, n in enumerate(sizes)
+        ]
+    )
+    rows = [torch.cat([x[b, :n] for b, n in enumerate(sizes)]) for x in (k, v)]
+    cu = ends([q_len] * batch), ends(sizes), q_len, max(sizes)
+    flat = q.flatten(0, 1)
+    assert torch.equal(fa.flash_attn_varlen_func(flat, *rows, *cu, **o), alone.flatten(0, 1))
+    *pages, table = paged(rows, sizes, page_len)
+    in_pages = fa.flash_attn_varlen_func(flat, *pages, *cu, **o, block_table=table)
+    assert torch.equal(in_pages, alone.flatten(0, 1))
+    lengths = torch.tensor(sizes, dtype=int32)
+    more = {"cache_seqlens": lengths, **o}
+    more.pop("deterministic", None)
+    assert torch.equal(fa.flash_attn_with_kvcache(q, k, v, **more), alone)
+    assert torch.equal(fa.flash_attn_with_kvcache(q, *pages, **more, block_table=table), alone)
+    turn = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    picked = fa.flash_attn_with_kvcache(q, k[turn], v[turn], **more, cache_batch_idx=turn.argsort().to(int32))
+    assert torch.equal(picked, alone)
 
 
 # ---- compiled, transformed -----------------------------------------------------------------------------------
