@@ -5,6 +5,8 @@ against the loops of `flash_oracle`, and what is written against a rotation writ
 """
 
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -562,3 +564,41 @@ def test_signature_of_version_3():
         "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
         "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False"
     )
+
+
+MEASURE = """
+import sys, torch
+from tilefold.drop_in.flash_attn import flash_attn_with_kvcache
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+form, rows, length = sys.argv[1], 2**20, 1000
+k_cache, v_cache = (torch.empty(4, rows, 2, 64) for _ in "kv")  # memory that nothing has touched yet
+more = {"cache_seqlens": torch.tensor([length, 7, 0, length], dtype=torch.int32)}
+if form == "pages":
+    k_cache, v_cache = (x.view(-1, 256, 2, 64) for x in (k_cache, v_cache))
+    more["block_table"] = torch.arange(4 * 8, dtype=torch.int32).view(4, 8) * 500
+if form == "index":
+    more["cache_batch_idx"] = torch.tensor([3, 0, 2, 1], dtype=torch.int32)
+if form == "leftpad":
+    more["cache_leftpad"] = torch.tensor([5, 7, 0, 0], dtype=torch.int32)
+q, k, v = torch.randn(4, 3, 8, 64), *torch.randn(2, 4, 3, 2, 64)
+flash_attn_with_kvcache(q, k[:, :1].repeat(1, 8, 1, 1), v[:, :1].repeat(1, 8, 1, 1))  # what a first call loads
+before = peak()
+flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **more, causal=True)
+print(peak() - before, 2 * k_cache.nbytes, 4 * (length + 3) * 2 * 2 * 64 * 4)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of memory are read from /proc")
+@pytest.mark.parametrize("form", ["plain", "pages", "index", "leftpad"])
+def test_only_rows_in_use_take_memory(form):
+    """A cache of 4 GiB, of which about 4 MiB are in use: those are touched, and copied once where they lie apart."""
+    ran = subprocess.run([sys.executable, "-c", MEASURE, form], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    grown, whole, used = map(int, ran.stdout.split())
+    indices = 8 * 8 * 4 * 1003  # what says where rows are, as 64-bit numbers
+    buffers = 2**22  # workspace, results, allocators
+    assert grown < 2 * used + indices + buffers < whole / 100

@@ -47,12 +47,8 @@ class _Finder(Loader):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name in MODULES:
-            return ModuleSpec(
-                name,
-                self,
-                origin=MODULES[name][0].__name__,
-                is_package=name in PACKAGES,
-            )
+            source, package = MODULES[name][0], name in PACKAGES
+            return ModuleSpec(name, self, origin=source.__name__, is_package=package)
         if name.partition(".")[0] in TOPS:
             there = ", ".join(sorted(MODULES))
             raise ModuleNotFoundError(

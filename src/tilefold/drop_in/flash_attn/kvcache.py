@@ -149,9 +149,8 @@ def attend(
             start = before if rotary_from is None else rotary_from
             q, k = _rotated(rotary, scores, q, k, queries, new, start)
         if new is None:
-            return *_attended(store, q, queries, q_ends is not None, after, scores, want_lse), _seen(
-                store, after
-            )
+            result = _attended(store, q, queries, q_ends is not None, after, scores, want_lse)
+            return *result, _seen(store, after)
         which, place = steps(new.counts)
         there = store.places(which, place + before[which])
         kept = store.k[there], store.v[there]
