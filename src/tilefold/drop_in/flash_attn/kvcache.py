@@ -83,7 +83,7 @@ class Store:
         self.table: Any = None
         self.leftpad: Any = None
         self.capacity = k_cache.shape[1]
-        self.rows: Any = None
+        self.rows: Any = None  # the cache's sequence for each of q, a slice where they are a range
         if table is not None:
             if batch_idx is not None or leftpad is not None:
                 raise ValueError(f"{table_name} excludes cache_batch_idx and cache_leftpad")
@@ -94,35 +94,33 @@ class Store:
         if leftpad is not None:
             self.leftpad = checks.integers("cache_leftpad", leftpad, self.batch)
 
-    def _rows(self, batch_idx: Any) -> Tensor:
-        """The cache's sequence for each of q."""
-        import torch
-
+    def _rows(self, batch_idx: Any) -> Tensor | slice:
         if batch_idx is None:
             if len(self.k) < self.batch:
                 raise ValueError(f"k_cache has {len(self.k)} sequences, q {self.batch}")
-            return torch.arange(self.batch, device="cpu")
+            return slice(0, self.batch)
         rows = checks.integers("cache_batch_idx", batch_idx, self.batch)
         checks.within("cache_batch_idx", rows, 0, len(self.k) - 1)
-        return rows
-
-    def places(self, which: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in the cache row `at` of sequence `which` is."""
-        if self.table is None:
-            return self.rows[which], at
-        length = max(self.k.shape[1], 1)
-        pages = self.table[which, at // length]
-        checks.within(f"{self.table_name}'s entries in use", pages, 0, len(self.k) - 1)
-        return pages, at % length
+        first, *_ = given = rows.tolist() or [0]
+        return slice(first, first + len(rows)) if given == list(range(first, first + len(given))) else rows
 
     def sequences(self, end: int) -> tuple[Tensor, Tensor]:
         """The first `end` rows of each sequence's keys and values: a view where the sequences are a range."""
-        rows = self.rows.tolist()
-        first = rows[0] if rows else 0
-        if rows == list(range(first, first + len(rows))):
-            there = slice(first, first + len(rows))
-            return self.k[there, :end], self.v[there, :end]
         return self.k[:, :end][self.rows], self.v[:, :end][self.rows]
+
+    def places(self, before: Tensor, new: Side) -> tuple[Any, bool]:
+        """The index of the rows that are appended, and whether it has the shape of a batch."""
+        starts = before.numpy()
+        if isinstance(self.rows, slice) and new.batch and len(starts) and (starts == starts[0]).all():
+            return (self.rows, slice(int(starts[0]), int(starts[0]) + new.rows[1])), True
+        which, place = steps(new.counts)
+        at = place + before[which]
+        if self.table is None:
+            return (which + self.rows.start if isinstance(self.rows, slice) else self.rows[which], at), False
+        length = max(self.k.shape[1], 1)
+        pages = self.table[which, at // length]
+        checks.within(f"{self.table_name}'s entries in use", pages, 0, len(self.k) - 1)
+        return (pages, at % length), False
 
 
 def attend(
@@ -151,11 +149,10 @@ def attend(
         if new is None:
             result = _attended(store, q, queries, q_ends is not None, after, scores, want_lse)
             return *result, _seen(store, after)
-        which, place = steps(new.counts)
-        there = store.places(which, place + before[which])
-        kept = store.k[there], store.v[there]
+        there, in_shape = store.places(before, new)
+        kept = store.k[there].clone(), store.v[there].clone()
         try:
-            store.k[there], store.v[there] = new.take(k), new.take(v)
+            store.k[there], store.v[there] = (k, v) if in_shape else (new.take(k), new.take(v))
             result = _attended(store, q, queries, q_ends is not None, after, scores, want_lse)
         except BaseException:
             store.k[there], store.v[there] = kept
@@ -196,7 +193,7 @@ def _new_rows(
 
 def _check_lengths(store: Store, before: Tensor, after: Tensor) -> None:
     """ValueError unless all that is appended fits and every sequence begins within itself."""
-    if after.numel() and int(after.max()) > store.capacity:
+    if after.numpy().max(initial=0) > store.capacity:
         raise ValueError(
             f"cache_seqlens plus the rows of k must be at most the {store.capacity} rows of a sequence's cache, "
             f"got {after.tolist()}"
@@ -211,11 +208,14 @@ def _rotated(
     rotary: Rotary, scores: Scores, q: Tensor, k: Tensor, queries: Side, new: Side, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     """q and k turned to their positions, which count from `start`."""
+    import torch
 
     def at(side: Side, steady: bool) -> Tensor:
+        if side.batch:
+            steps_on = torch.arange(side.rows[1], device="cpu")
+            return start[:, None] + (0 * steps_on if steady else steps_on)
         which, place = steps(side.counts)
-        positions = start[which] if steady else start[which] + place
-        return side.give(positions, 0)
+        return side.give(start[which] if steady else start[which] + place, 0)
 
     steady = not (scores.sight.causal or scores.sight.local or scores.hidden is not None)
     q_at, k_at = at(queries, steady), at(new, False)
@@ -231,7 +231,7 @@ def _attended(
     if store.table is not None:
         keys = in_pages(store.k, store.table, after, store.batch, store.table_name)
         return ragged(q, store.k, store.v, queries, keys, scores, want_lse)
-    end = int(after.max()) if after.numel() else 0
+    end = int(after.numpy().max(initial=0))
     k, v = store.sequences(end)
     if store.leftpad is not None:
         if not q_packed and scores.hidden is None:
@@ -242,7 +242,7 @@ def _attended(
             return ragged(q, k, v, queries, keys, scores, want_lse)
     elif q_packed:
         return ragged(q, k, v, queries, in_batch(k, after), scores, want_lse)
-    all_alike = bool((after == end).all())
+    all_alike = bool((after.numpy() == end).all())
     return dense(q, k, v, scores, want_lse, kv_lengths=None if all_alike else after)
 
 
