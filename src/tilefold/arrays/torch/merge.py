@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .tensors import order_of
+
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Parts of one shape to (out, lse)."""
@@ -18,8 +20,12 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     nothing = empty.all(dim=0)
     total = torch.logsumexp(logs.masked_fill(nothing, 0), dim=0)
     weights = torch.exp(logs.masked_fill(empty, 0) - total).masked_fill(empty, 0)
+    there, back = order_of(first)  # filling forgets the order of memory, so it is done in that order
     merged = [
-        out.to(wide).masked_fill(empty[n, ..., None], 0) * weights[n, ..., None]
+        (out.to(wide) * weights[n, ..., None])
+        .permute(there)
+        .masked_fill(empty[n, ..., None].permute(there), 0)
         for n, (out, _) in enumerate(parts)
     ]
-    return sum(merged[1:], merged[0]).to(first.dtype), total.masked_fill(nothing, -torch.inf)
+    out = sum(merged[1:], merged[0]).permute(back)
+    return out.to(first.dtype), total.masked_fill(nothing, -torch.inf)
