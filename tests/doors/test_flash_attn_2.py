@@ -590,6 +590,8 @@ def test_wrong_block_tables():
         says = f"block_table's entries in use must lie within 0 and {len(k_pages) - 1}, got {entry}"
         wrong(says, bad, call=call)
     wrong("block_table must be int32", table.float(), call=call, error=TypeError)
+    wrong("block_table must be a torch.Tensor, got list", [[0]], call=call, error=TypeError)
+    wrong(r"block_table must have shape .* got \(\)", torch.tensor(0), call=call)
     wrong(r"block_table must have shape \(2, pages per sequence\)", table[:1], call=call)
     wrong("block_table has room for 3 pages of 2 rows a sequence", table, 7, 2, call=call)
 
