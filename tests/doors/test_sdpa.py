@@ -277,6 +277,8 @@ def test_nothing_is_copied(shapes, enable_gqa, monkeypatch):
     monkeypatch.setattr(sdpa, "attention", lambda *args, **options: reached.extend(args[:3]))
     scaled_dot_product_attention(*given, enable_gqa=enable_gqa)
     assert [x.data_ptr() for x in reached] == [x.data_ptr() for x in given]
+    if given[1].shape[:-2][-1:] == given[2].shape[:-2][-1:] == (1,):  # and one head stays one
+        assert reached[1].shape[-3] == reached[2].shape[-3] == 1
 
 
 def test_causal_is_aligned_to_the_top_left():
@@ -931,8 +933,13 @@ def test_activated_with_grouped_heads(dtype, counted):
 @pytest.mark.usefixtures("activated")
 @pytest.mark.parametrize(
     "order",
-    [lambda x: x, lambda x: x[:1].expand_as(x), *list(ORDERS.values())[:3]],
-    ids=["plain", "one batch item again", *list(ORDERS)[:3]],
+    [
+        lambda x: x,
+        lambda x: x[:1].expand_as(x),
+        lambda x: x.as_strided(x.shape, (0, 0, 1, 1)),
+        *list(ORDERS.values())[:3],
+    ],
+    ids=["plain", "one batch item again", "overlapping rows", *list(ORDERS)[:3]],
 )
 def test_activated_kernels_keep_the_memory_order_of_torchs(order):
     """Compiled code relies on what the kernels of meta tensors announce."""
