@@ -498,9 +498,21 @@ class Tensors {
     nb::ft_mutex mutex_;
 };
 
+// nanobind shares the types of one domain among modules. Each copy of this one that a process loads is a
+// domain of its own, or a second copy would be handed the first one's types.
+const char* own_domain() {
+    static const std::string name = "tilefold " + std::to_string(reinterpret_cast<uintptr_t>(&own_domain));
+    return name.c_str();
+}
+#undef NB_DOMAIN_STR
+#define NB_DOMAIN_STR own_domain()
+
 }  // namespace
 
 NB_MODULE(_core, m) {
+    // nanobind lets go of arrays under the main interpreter's lock: in another one a call would never return.
+    if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0)
+        throw std::runtime_error("it runs in the main interpreter only, and this is a subinterpreter");
     m.doc() = "The native core of tilefold.";
     nb::set_leak_warnings(false);  // a daemon thread in a call keeps its plan to the end of the process
     m.def("version", &version, "The version of tilefold that this core was built for.");

@@ -97,14 +97,7 @@ def _joined(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tupl
         lead = _broadcast(-3, query=query, key=key, value=value)
         return tuple(x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))
     lead = _broadcast(-2, query=query, key=key, value=value)
-    shared = lead
-    if key.shape[:-2][-1:] == value.shape[:-2][-1:] == (1,):
-        shared = (*lead[:-1], 1)
-    return (
-        query.expand(*lead, *query.shape[-2:]),
-        key.expand(*shared, *key.shape[-2:]),
-        value.expand(*shared, *value.shape[-2:]),
-    )
+    return tuple(x.expand(*lead, *x.shape[-2:]) for x in (query, key, value))
 
 
 def _of_as_many_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
