@@ -538,6 +538,29 @@ def test_the_second_call_gives_the_first_result(dtype, options, order, fresh):
     agree([first[0]], [tf.attention(*(array(x) for x in inputs), **options)])
 
 
+def test_one_head_alone_is_not_known(fresh):
+    """Its two dimensions are given a third, which the core must see."""
+    inputs = [x[0].detach().requires_grad_() for x in qkv()]
+    results = [tf.attention(*inputs, causal=True) for _ in range(3)]
+    grads = [torch.autograd.grad(out.sum(), inputs) for out in results]
+    assert len(fresh) == 0
+    assert all(same(grads[0], other) for other in grads)
+
+
+def test_gradients_of_arrays_without_autograd_are_known_too(fresh):
+    inputs = [x.detach() for x in qkv(2)]
+    out, lse = tf.attention(*inputs, causal=True, return_lse=True)
+    first = tf.attention_grad(*inputs, out, lse, out, causal=True)
+    count = len(fresh)
+    assert count == 2
+    assert same(first[:3], tf.attention_grad(*inputs, out, lse, out, causal=True)[:3])
+    assert len(fresh) == count
+    agree(first[:3], tf.attention_grad(*(x.numpy() for x in (*inputs, out, lse, out)), causal=True)[:3])
+    for wrong in ({"causal": 1}, {"scale": True}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            tf.attention_grad(*inputs, out, lse, out, **wrong)
+
+
 def test_equal_is_not_the_same(fresh):
     """1 == True, but what is refused the first time is refused the second time too."""
     q, k, v = qkv(2)
