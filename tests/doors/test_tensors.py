@@ -400,11 +400,25 @@ def test_expanded_tensors_are_not_copied_and_give_dense_results(expanded):
         (lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged), "stands for another tensor"),
         (lambda x: x.to(torch.int32), "must be float16, bfloat16, float32 or float64, got int32"),
         (lambda x: x.to(torch.complex64), "complex64"),
+        (lambda x: torch.complex(x, x).conj(), "is a conjugated view"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "is a quantised tensor"),
         (lambda x: x.to(torch.bfloat16), "q, k and v must have one dtype"),
         (lambda x: x.tolist(), "k must be an array"),
     ],
-    ids=["meta", "fake", "sparse", "nested", "integers", "complex", "another dtype", "list"],
+    ids=[
+        "meta",
+        "fake",
+        "sparse",
+        "nested",
+        "integers",
+        "complex",
+        "conjugate",
+        "quantised",
+        "another dtype",
+        "list",
+    ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning")  # some of these kinds are on their way in or out of torch
 def test_tensors_that_cannot_be_read_are_refused(make, says):
     q, k, v = qkv(2)
     with pytest.raises(TypeError, match=says):
