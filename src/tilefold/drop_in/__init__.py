@@ -1,0 +1,1 @@
+"""Other people's signatures, with exactly their meaning."""
