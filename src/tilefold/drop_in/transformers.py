@@ -403,7 +403,7 @@ def attention(
         position_bias: added to the scores, broadcastable to (batch, heads, q_len, kv_len).
 
     Returns:
-        out ``(batch, q_len, heads, v_dim)``, and an `AttentionSummary` where ``output_attentions`` asks for one.
+        out ``(batch, q_len, heads, v_dim)``, and an `AttentionSummary`, which ``output_attentions=True`` collects.
 
     Raises:
         ValueError: dropout, a mask of another length, sequences in `cu_seq_lens_q` that no position id shows.
@@ -412,7 +412,8 @@ def attention(
         raise ValueError(_no_dropout(module, dropout))
     if isinstance(cache, masking_utils.PagedAttentionCache):
         raise ValueError("tilefold has no paged cache yet: continuous batching needs another attn_implementation")
-    wanted = bool(kwargs.get("output_attentions"))
+    # Whether somebody collects summaries is not told to every layer; a compiled program returns only what is asked for.
+    wanted = not torch.compiler.is_compiling() or bool(kwargs.get("output_attentions"))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias}
     options["return_lse"] = wanted or sinks is not None
     if attention_mask is None:
