@@ -12,18 +12,23 @@
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cstdlib>
 #include <initializer_list>
+#include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "dispatch.h"
+#include "exchange.h"
 #include "executor.h"
 #include "peak.h"
 #include "problem.h"
@@ -222,12 +227,8 @@ class Fold {
                                             array(dbias),
                                             dsinks ? dsinks->data() : nullptr,
                                             add};
-        const tilefold::Selection part =
-            selection(first_row, last_row, frame, head, lo, hi, bits, bits_start);
-        return guarded([&](tilefold::Stop& stop) {
-                   return tilefold::gradient(problem_, kernels_, settings_, arrays, gradients, part,
-                                             tilefold::Team(team), stop);
-               })
+        return differentiate(arrays, gradients,
+                             selection(first_row, last_row, frame, head, lo, hi, bits, bits_start), team)
             .bytes;
     }
 
@@ -236,9 +237,27 @@ class Fold {
         const tilefold::Arrays arrays{array(q), array(k), array(v), array(out), array(lse), {}, {}};
         const uintptr_t all = uintptr_t(arrays.q.data) | uintptr_t(arrays.k.data) | uintptr_t(arrays.v.data);
         if (all % (q.dtype().bits / 8)) return -1;
+        return fold(arrays, everything(), team).bytes;
+    }
+
+    tilefold::Selection everything() const {
         tilefold::Selection part{};
         part.last_row = problem_.q_len;
-        return fold(arrays, part, team).bytes;
+        return part;
+    }
+
+    tilefold::Report fold(const tilefold::Arrays& arrays, const tilefold::Selection& part, int team) const {
+        return guarded([&](tilefold::Stop& stop) {
+            return tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
+        });
+    }
+
+    tilefold::Report differentiate(const tilefold::Arrays& arrays, const tilefold::Gradients& gradients,
+                                   const tilefold::Selection& part, int team) const {
+        return guarded([&](tilefold::Stop& stop) {
+            return tilefold::gradient(problem_, kernels_, settings_, arrays, gradients, part,
+                                      tilefold::Team(team), stop);
+        });
     }
 
     const char* isa() const { return machine_.name; }
@@ -283,12 +302,6 @@ class Fold {
         return part;
     }
 
-    tilefold::Report fold(const tilefold::Arrays& arrays, const tilefold::Selection& part, int team) const {
-        return guarded([&](tilefold::Stop& stop) {
-            return tilefold::fold(problem_, kernels_, settings_, arrays, part, tilefold::Team(team), stop);
-        });
-    }
-
     // A sweep without the GIL; what went wrong in it becomes Python's.
     template <class Sweep>
     tilefold::Report guarded(Sweep&& sweep) const {
@@ -315,6 +328,171 @@ class Fold {
     const tilefold::Machine& machine_;
     const tilefold::Kernels& kernels_;
     tilefold::Settings settings_;
+};
+
+// Repeated calls on a framework's tensors: what was understood once is not asked again (shortcut.py does this
+// for NumPy). A call is known by the types, shapes and strides of its tensors and a few numbers; then a
+// look-up, the results' memory from the framework, and the sweep are all that is left of it.
+class Tensors {
+   public:
+    // `kind` is the tensor type, `parameter` another that adds nothing to it; empty_strided(shape, strides,
+    // dtype=) makes a tensor.
+    Tensors(nb::handle kind, nb::handle parameter, nb::object empty_strided)
+        : kind_(kind.ptr()), parameter_(parameter.ptr()), empty_strided_(std::move(empty_strided)) {
+        nb::object capsule = nb::getattr(kind, tilefold::dlpack::ExchangeApi::ATTRIBUTE);
+        api_ = static_cast<const tilefold::dlpack::ExchangeApi*>(
+            PyCapsule_GetPointer(capsule.ptr(), tilefold::dlpack::ExchangeApi::CAPSULE));
+        if (!api_) throw nb::python_error();
+        if (api_->version.major != tilefold::dlpack::ExchangeApi::MAJOR)
+            throw std::invalid_argument("the tensors speak another version of DLPack's exchange API");
+        dtype_argument_ = nb::make_tuple("dtype");
+    }
+
+    // Each gives the results of a call that is known, or None.
+    nb::object fold(nb::handle q, nb::handle k, nb::handle v, int facts, std::optional<double> scale,
+                    std::optional<double> softcap, int team) {
+        Key key(facts, scale, softcap);
+        std::shared_ptr<const Known> known;
+        if (!take(key, {q, k, v}) || !(known = find(key))) return nb::none();
+        nb::object results[MOST_RESULTS];
+        Array made[MOST_RESULTS];
+        allocate(*known, results, made);
+        const tilefold::Arrays arrays{key.arrays[0], key.arrays[1], key.arrays[2], made[0], made[1], {}, {}};
+        known->fold->fold(arrays, known->fold->everything(), team);
+        if (known->results.size() == 1) return std::move(results[0]);
+        return nb::make_tuple(std::move(results[0]), std::move(results[1]));
+    }
+
+    nb::object gradient(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
+                        nb::handle dout, int facts, std::optional<double> scale,
+                        std::optional<double> softcap, int team) {
+        Key key(facts, scale, softcap);
+        std::shared_ptr<const Known> known;
+        if (!take(key, {q, k, v, out, lse, dout}) || !(known = find(key))) return nb::none();
+        nb::object results[MOST_RESULTS];
+        Array made[MOST_RESULTS];
+        allocate(*known, results, made);
+        const tilefold::Arrays arrays{
+            key.arrays[0], key.arrays[1], key.arrays[2], key.arrays[3], key.arrays[4], {}, {}};
+        const tilefold::Gradients gradients{key.arrays[5], {}, made[0], made[1], made[2], {}};
+        known->fold->differentiate(arrays, gradients, known->fold->everything(), team);
+        return nb::make_tuple(std::move(results[0]), std::move(results[1]), std::move(results[2]));
+    }
+
+    // What the next call of this kind needs: how it runs, and (shape, strides, dtype) of each result.
+    void remember(const std::vector<nb::object>& tensors, int facts, std::optional<double> scale,
+                  std::optional<double> softcap, nb::object fold, const std::vector<nb::tuple>& results) {
+        Key key(facts, scale, softcap);
+        if (results.size() > MOST_RESULTS) throw std::invalid_argument("a call has at most three results");
+        if (!take(key, tensors)) return;
+        auto known = std::make_shared<const Known>(Known{fold, nb::cast<const Fold*>(fold), results});
+        nb::ft_lock_guard lock(mutex_);
+        if (known_.size() >= MOST_KNOWN) known_.clear();
+        known_.insert_or_assign(std::string(key.text()), std::move(known));
+    }
+
+    size_t size() const { return known_.size(); }
+
+   private:
+    static constexpr size_t MOST_KNOWN = 1024, MOST_RESULTS = 3, MOST_TENSORS = 6, MOST_DIMS = 8;
+
+    struct Known {
+        nb::object holder;  // keeps the Fold alive
+        const Fold* fold;
+        std::vector<nb::tuple> results;
+    };
+
+    // What tells a call from others, number by number, and its tensors, whose shape and strides lie there.
+    struct Key {
+        int64_t numbers[4 + MOST_TENSORS * (2 + 2 * MOST_DIMS)];
+        size_t length = 0;
+        Array arrays[MOST_TENSORS];
+
+        Key(int facts, std::optional<double> scale, std::optional<double> softcap) {
+            add(facts);
+            add(scale ? std::bit_cast<int64_t>(*scale)
+                      : -1);  // −1 is the pattern of a NaN, which no scale is
+            add(softcap ? std::bit_cast<int64_t>(*softcap) : -1);
+        }
+        void add(int64_t x) { numbers[length++] = x; }
+        std::string_view text() const {
+            return {reinterpret_cast<const char*>(numbers), length * sizeof(int64_t)};
+        }
+    };
+
+    struct Hash {
+        using is_transparent = void;
+        size_t operator()(std::string_view text) const { return std::hash<std::string_view>()(text); }
+    };
+
+    // The tensors into the key; false where one must be looked at in full.
+    template <class Handles>
+    bool take(Key& key, const Handles& tensors) const {
+        size_t n = 0;
+        for (const auto& tensor : tensors)
+            if (n == MOST_TENSORS || !take(key, tensor.ptr(), key.arrays[n++])) return false;
+        return true;
+    }
+    bool take(Key& key, std::initializer_list<nb::handle> tensors) const {
+        return take<std::initializer_list<nb::handle>>(key, tensors);
+    }
+    bool take(Key& key, PyObject* tensor, Array& array) const {
+        tilefold::dlpack::Tensor t;
+        if (!look(tensor, t) || t.dims > int(MOST_DIMS)) return false;
+        const int64_t* sizes = key.numbers + key.length + 1;
+        if (!describe(t, sizes, array)) return false;
+        key.add(t.dims << 8 | int(array.type));
+        for (int i = 0; i < t.dims; ++i) key.add(t.shape[i]);
+        for (int i = 0; i < t.dims; ++i) key.add(t.strides[i]);
+        return true;
+    }
+    bool look(PyObject* tensor, tilefold::dlpack::Tensor& t) const {
+        const PyObject* type = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
+        if (type != kind_ && type != parameter_) return false;
+        if (api_->look(tensor, &t)) throw nb::python_error();
+        return true;
+    }
+    static bool describe(const tilefold::dlpack::Tensor& t, const int64_t* sizes, Array& array) {
+        using namespace tilefold::dlpack;
+        const bool real = t.dtype.code == FLOAT && t.dtype.bits >= 16 && t.dtype.bits <= 64;
+        if (t.device.type != CPU || !(real || (t.dtype.code == BFLOAT && t.dtype.bits == 16))) return false;
+        const DType type = !real                ? DType::bfloat16
+                           : t.dtype.bits == 64 ? DType::float64
+                           : t.dtype.bits == 32 ? DType::float32
+                                                : DType::float16;
+        static char nothing;  // an empty tensor may have no memory
+        char* data = t.data ? static_cast<char*>(t.data) + t.offset : &nothing;
+        if (t.data && reinterpret_cast<uintptr_t>(data) % (t.dtype.bits / 8)) return false;
+        array = {data, t.dims, sizes, sizes + t.dims, type};
+        return true;
+    }
+
+    std::shared_ptr<const Known> find(const Key& key) {
+        nb::ft_lock_guard lock(mutex_);
+        const auto found = known_.find(key.text());
+        return found == known_.end() ? nullptr : found->second;
+    }
+
+    // The results' tensors; each description outlives the call, as `made` points into its tensor.
+    void allocate(const Known& known, nb::object* results, Array* made) const {
+        for (size_t n = 0; n < known.results.size(); ++n) {
+            const nb::tuple& result = known.results[n];
+            PyObject* arguments[] = {result[0].ptr(), result[1].ptr(), result[2].ptr()};
+            results[n] =
+                nb::steal(PyObject_Vectorcall(empty_strided_.ptr(), arguments, 2, dtype_argument_.ptr()));
+            if (!results[n].is_valid()) throw nb::python_error();
+            tilefold::dlpack::Tensor t;
+            if (!look(results[n].ptr(), t) || !describe(t, t.shape, made[n]))
+                throw std::runtime_error("a new tensor cannot be written to");
+            made[n].strides = t.strides;
+        }
+    }
+
+    const PyObject *kind_, *parameter_;
+    nb::object empty_strided_, dtype_argument_;
+    const tilefold::dlpack::ExchangeApi* api_;
+    std::unordered_map<std::string, std::shared_ptr<const Known>, Hash, std::equal_to<>> known_;
+    nb::ft_mutex mutex_;
 };
 
 }  // namespace
@@ -373,4 +551,14 @@ NB_MODULE(_core, m) {
         .def(
             "run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
             "The same for a whole call without optional arrays; the bytes, or -1 if an array is misaligned.");
+    nb::class_<Tensors>(m, "Tensors", "Calls on a framework's tensors that were understood once.")
+        .def(nb::init<nb::handle, nb::handle, nb::object>(), "kind"_a, "parameter"_a, "empty_strided"_a)
+        .def("fold", &Tensors::fold, "q"_a, "k"_a, "v"_a, "facts"_a, "scale"_a.none(), "softcap"_a.none(),
+             "team"_a, "The result of a call that is known, (out, lse) if it has two; else None.")
+        .def("gradient", &Tensors::gradient, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "facts"_a,
+             "scale"_a.none(), "softcap"_a.none(), "team"_a, "(dq, dk, dv) of a call that is known, or None.")
+        .def("remember", &Tensors::remember, "tensors"_a, "facts"_a, "scale"_a.none(), "softcap"_a.none(),
+             "fold"_a, "results"_a,
+             "Make a call known: the Fold that runs it, and (shape, strides, dtype) of each result.")
+        .def("__len__", &Tensors::size);
 }

@@ -7,14 +7,15 @@ arrays of the kind that came in.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import shortcut
 from .arrays import enter_floats, leave
-from .call import DROPOUT, Call, Options, flag, understand
+from .call import DROPOUT, Call, Options, differentiated, flag, folded, understand
+from .frameworks import is_tensor
 from .layouts import empty_like, frames
 from .masks import Mask
 from .plan import Plan, backend_of
@@ -105,17 +106,17 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (8, 1000, 64)
     """
-    key = None
-    if (
+    simple = (
         mask is None and window is None and bias is None and alibi is None and sinks is None and cu_seqlens_q is None
         and cu_seqlens_k is None and q_lengths is None and kv_lengths is None and probes == () and out is None
         and invariant is False and backend == "auto" and plan is None and not unknown
-    ):  # fmt: skip
-        key = shortcut.key_of(q, k, v, causal, scale, softcap, return_lse)
-        if key is not None and (known := shortcut.known(key)) is not None:
-            result = known(q, k, v)
-            if result is not None:
-                return result
+    )  # fmt: skip
+    tensors = type(q) is not np.ndarray and is_tensor(q)
+    if simple:
+        known = _on_tensors().known if tensors else shortcut.known
+        result = known(q, k, v, causal, scale, softcap, return_lse)
+        if result is not None:
+            return result
     refuse_unknown(unknown)
     options = Options(
         mask=mask, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks,
@@ -123,18 +124,25 @@ def attention(
         invariant=invariant,
     )  # fmt: skip
     _check_probes(probes)
-    want = Want.LSE if flag("return_lse", return_lse) or probes else Want(0)
-    want |= Want.TAPS if probes else Want(0)
-    call = understand(q, k, v, options, want=want, backend=backend, plan=plan)
-    call.allocate(out)
-    call.fold()
-    if key is not None:
-        shortcut.remember(key, call)
+    return_lse = flag("return_lse", return_lse) or bool(probes)
+    if tensors and not probes:
+        return _on_tensors().attention(q, k, v, options, return_lse, out, backend, plan)
+    want = (Want.LSE if return_lse else Want(0)) | (Want.TAPS if probes else Want(0))
+    call = folded(q, k, v, options, want=want, backend=backend, plan=plan, out=out)
+    if simple:
+        shortcut.remember(call, q, k, v, causal, scale, softcap, return_lse)
     result = out if out is not None else leave(q, call.out)
     if probes:
         seen = SimpleNamespace(**_replayed(call, probes))
         return result, leave(q, call.lse), seen
     return (result, leave(q, call.lse)) if return_lse else result
+
+
+def _on_tensors() -> ModuleType:
+    """PyTorch's own door: gradients, compilation, and calls that are known."""
+    from .arrays import torch
+
+    return torch
 
 
 def refuse_unknown(given: Iterable[str], known: Container[str] = ()) -> None:
@@ -175,11 +183,7 @@ def probe(
     refuse_unknown(options, known=Options.__dataclass_fields__)
     keys = enter_floats("k", k)
     no_values = np.broadcast_to(keys.dtype.type(0), (*keys.shape[:-1], 0))
-    call = understand(
-        q, k, no_values, Options(mask=mask, **options), want=Want.LSE | Want.TAPS, backend=backend
-    )
-    call.allocate()
-    call.fold()
+    call = folded(q, k, no_values, Options(mask=mask, **options), want=Want.LSE | Want.TAPS, backend=backend)
     return SimpleNamespace(**_replayed(call, what))
 
 
@@ -229,29 +233,7 @@ def attention_grad(
     (2, 50, 16)
     """
     refuse_unknown(options, known=Options.__dataclass_fields__)
-    call = understand(q, k, v, Options(mask=mask, **options), want=Want.LSE | Want.GRAD, backend=backend)
-    x, p = call.operands, call.problem
-    rows, acc = x.q.shape[:-1], p.accumulate
-    given = {
-        "out": (out, (*rows, p.v_dim), x.q.dtype),
-        "lse": (lse, rows, acc),
-        "dout": (dout, (*rows, p.v_dim), x.q.dtype),
-        "dlse": (dlse, rows, acc),
-    }
-    checked: dict[str, np.ndarray] = {}
-    for name, (array, shape, dtype) in given.items():
-        if array is None and name == "dlse":
-            continue
-        a = enter_floats(name, array)
-        if a.shape != (shape[1:] if call.squeeze else shape):
-            raise ValueError(f"{name} must have shape {shape[1:] if call.squeeze else shape}, got {a.shape}")
-        if a.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype.name}, got {a.dtype.name}")
-        checked[name] = a[None] if call.squeeze else a
-    x.out, x.lse = checked["out"], checked["lse"]
-    grads = backend_of(call.plan).gradient(call.plan, x, checked["dout"], checked.get("dlse"))
-    if call.squeeze:
-        grads = grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0])
+    grads = differentiated(q, k, v, out, lse, dout, dlse, Options(mask=mask, **options), backend=backend)
     return Grads._make(None if g is None else leave(q, g) for g in grads)
 
 

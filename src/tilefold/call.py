@@ -15,10 +15,12 @@ import numpy as np
 
 from .arrays import enter, enter_floats
 from .dtypes import ROWS
+from .frameworks import is_traced
 from .layouts import empty_like
 from .masks import Mask, causal, check_cu_seqlens, dense, split, window
 from .plan import Plan, backend_of, choose, pinned
 from .problem import Band, Has, Layout, Operands, Problem, Want, bytes_of
+from .replay import Grads
 from .scores import refuse_infinite
 
 DROPOUT = "dropout is not offered: exact attention has no random part; apply it to what goes in or comes out"
@@ -176,10 +178,56 @@ def understand(
     return Call(problem, x, chosen, refusals, squeeze)
 
 
+def folded(
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Options,
+    *,
+    want: Want = Want(0),
+    backend: str = "auto",
+    plan: Plan | None = None,
+    out: Any = None,
+) -> Call:
+    """A call, understood and run: `out` and `lse` are filled."""
+    call = understand(q, k, v, o, want=want, backend=backend, plan=plan)
+    call.allocate(out)
+    call.fold()
+    return call
+
+
+def differentiated(
+    q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any, o: Options, *, backend: str = "auto"
+) -> Grads:
+    """The gradients through a call, as arrays; `attention_grad` says what they are."""
+    call = understand(q, k, v, o, want=Want.LSE | Want.GRAD, backend=backend)
+    x, p = call.operands, call.problem
+    rows, acc = x.q.shape[:-1], p.accumulate
+    given = {
+        "out": (out, (*rows, p.v_dim), x.q.dtype),
+        "lse": (lse, rows, acc),
+        "dout": (dout, (*rows, p.v_dim), x.q.dtype),
+        "dlse": (dlse, rows, acc),
+    }
+    checked: dict[str, np.ndarray] = {}
+    for name, (array, shape, dtype) in given.items():
+        if array is None and name == "dlse":
+            continue
+        a = enter_floats(name, array)
+        if a.shape != (shape[1:] if call.squeeze else shape):
+            raise ValueError(f"{name} must have shape {shape[1:] if call.squeeze else shape}, got {a.shape}")
+        if a.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype.name}, got {a.dtype.name}")
+        checked[name] = a[None] if call.squeeze else a
+    x.out, x.lse = checked["out"], checked["lse"]
+    grads = backend_of(call.plan).gradient(call.plan, x, checked["dout"], checked.get("dlse"))
+    return grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0]) if call.squeeze else grads
+
+
 def _masks(o: Options, x: Operands) -> Band:
     """All that hides by position or by choice: the affine part, the rest of it into ``x.mask``."""
     heads, q_len, kv_len = *x.q.shape[-3:-1], x.k.shape[-2]
-    mask = _mask(o)
+    mask = mask_of(o)
     if mask is not None:
         mask.check(x.lead, heads, q_len, kv_len)
     ragged = x.q_ends is not None or x.kv_ends is not None
@@ -294,7 +342,7 @@ def _ends(name: str, given: Any, lead: tuple[int, ...], most: int) -> np.ndarray
     return np.array(np.broadcast_to(array, lead), np.int64)
 
 
-def _mask(o: Options) -> Mask | None:
+def mask_of(o: Options) -> Mask | None:
     """All that hides by position or by choice, as one conjunction."""
     parts: list[Mask] = []
     if flag("causal", o.causal):
@@ -306,8 +354,7 @@ def _mask(o: Options) -> Mask | None:
     if isinstance(o.mask, Mask):
         parts.append(o.mask)
     elif o.mask is not None:
-        cells = enter("mask", o.mask)
-        parts.append(dense(cells))
+        parts.append(dense(o.mask if is_traced(o.mask) else enter("mask", o.mask)))
     whole: Mask | None = None
     for part in parts:
         whole = part if whole is None else whole & part

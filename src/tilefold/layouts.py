@@ -80,9 +80,15 @@ def _blas_reads(x: np.ndarray) -> bool:
 
 
 def order_of(model: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of `model` as they lie in memory, farthest steps first, and the permutation back."""
-    there = tuple(sorted(range(model.ndim), key=lambda axis: -abs(model.strides[axis])))
-    return there, tuple(sorted(range(model.ndim), key=there.__getitem__))
+    """The axes of `model` as they lie in memory, farthest steps first, and the permutation back.
+
+    An axis of step 0 lies nowhere, and stays where it is numbered.
+    """
+    slots = [axis for axis in range(model.ndim) if model.strides[axis]]
+    there = list(range(model.ndim))
+    for slot, axis in zip(slots, sorted(slots, key=lambda axis: -abs(model.strides[axis])), strict=True):
+        there[slot] = axis
+    return tuple(there), tuple(sorted(range(model.ndim), key=there.__getitem__))
 
 
 def empty_like(model: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from .frameworks import is_traced
 from .layouts import Frame
 from .problem import Band
 
@@ -28,6 +29,7 @@ CHUNK = 4096  # columns of a predicate or dense array that are looked at togethe
 
 Ints = np.ndarray
 Bits = np.ndarray
+Recipe = tuple[str, dict[str, object]]
 
 
 # ---- panels: what some query rows see ------------------------------------------------------------------------
@@ -229,6 +231,10 @@ class Mask:
     def check(self, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> None:
         """ValueError unless the mask's own arrays fit such operands."""
 
+    def recipe(self) -> Recipe:
+        """How to make this mask again: a name among `RECIPES` and its arguments."""
+        raise TypeError(f"mask {self!r} is made of Python code, which a compiled program cannot hold")
+
     def __and__(self, other: Mask) -> Mask:
         return _Both(self, _mask(other))
 
@@ -281,6 +287,9 @@ class _Both(_Pair):
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         return self.a.panel(frame, rows, keys) & self.b.panel(frame, rows, keys)
 
+    def recipe(self) -> Recipe:
+        return "and", {"a": self.a, "b": self.b}
+
     def __repr__(self) -> str:
         return f"({self.a!r} & {self.b!r})"
 
@@ -288,6 +297,9 @@ class _Both(_Pair):
 class _Either(_Pair):
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         return self.a.panel(frame, rows, keys) | self.b.panel(frame, rows, keys)
+
+    def recipe(self) -> Recipe:
+        return "or", {"a": self.a, "b": self.b}
 
     def __repr__(self) -> str:
         return f"({self.a!r} | {self.b!r})"
@@ -304,6 +316,9 @@ class _Not(Mask):
 
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         return ~self.a.panel(frame, rows, keys)
+
+    def recipe(self) -> Recipe:
+        return "not", {"a": self.a}
 
     def __repr__(self) -> str:
         return f"~{self.a!r}"
@@ -360,6 +375,17 @@ class BoundMask(Mask):
         )
         return Panel(keys.start, keys.stop, inner.lo - shift, inner.hi - shift, inner.bits)
 
+    def recipe(self) -> Recipe:
+        return "bound", {
+            "mask": self.mask,
+            "q_len": self.shape[0],
+            "kv_len": self.shape[1],
+            "q0": self.rows.start,
+            "q1": self.rows.stop,
+            "k0": self.keys.start,
+            "k1": self.keys.stop,
+        }
+
     def __repr__(self) -> str:
         return f"{self.mask!r}[{self.rows.start}:{self.rows.stop}, {self.keys.start}:{self.keys.stop}]"
 
@@ -380,6 +406,9 @@ class BandMask(Mask):
     def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
         offset = frame.offset if isinstance(self.offset, str) else self.offset
         return band_panel(Band(self.left, self.right, offset), rows, keys)
+
+    def recipe(self) -> Recipe:
+        return "band", {"left": self.left, "right": self.right, "offset": self.offset}
 
     def __repr__(self) -> str:
         return f"band(left={self.left}, right={self.right}, offset={self.offset!r})"
@@ -415,6 +444,9 @@ class _Spans(Mask):
         mine = slice(rows.start + frame.q0, rows.stop + frame.q0)
         return Panel.of_spans(self.lo[mine] - frame.k0, self.hi[mine] - frame.k0, keys.start, keys.stop)
 
+    def recipe(self) -> Recipe:
+        return "spans", {"lo": self.lo, "hi": self.hi}
+
     def __repr__(self) -> str:
         return f"spans(<{self.lo.shape[1]} for each of {len(self.lo)} rows>)"
 
@@ -427,6 +459,9 @@ class _Prefix(Mask):
         shape = (rows.stop - rows.start, 1)
         ends = np.full(shape, min(self.length, keys.stop))
         return Panel.of_spans(np.zeros_like(ends), ends, keys.start, keys.stop)
+
+    def recipe(self) -> Recipe:
+        return "prefix", {"length": self.length}
 
     def __repr__(self) -> str:
         return f"prefix({self.length})"
@@ -441,6 +476,9 @@ class _Chunked(Mask):
         size = min(self.size, 2**62)
         lo = at // size * size
         return Panel.of_spans(lo, lo + size, keys.start, keys.stop)
+
+    def recipe(self) -> Recipe:
+        return "chunked", {"size": self.size}
 
     def __repr__(self) -> str:
         return f"chunked({self.size})"
@@ -471,6 +509,9 @@ class _Lengths(Mask):
         q_end = frame.q_len if self.q_lengths is None else _item(self.q_lengths, frame.index) - frame.q0
         at = np.arange(rows.start, rows.stop)[:, None]
         return Panel.of_spans(np.zeros_like(at), np.where(at < q_end, kv_end, 0), keys.start, keys.stop)
+
+    def recipe(self) -> Recipe:
+        return "lengths", {"kv_lengths": self.kv_lengths, "q_lengths": self.q_lengths}
 
     def __repr__(self) -> str:
         return f"lengths({self.kv_lengths!r}, q_lengths={self.q_lengths!r})"
@@ -536,6 +577,9 @@ class _Documents(_Cells):
         hi = np.where(known, ends[run], 0)[:, None] if len(order) else lo
         return Panel.of_spans(lo, hi, keys.start, keys.stop)
 
+    def recipe(self) -> Recipe:
+        return "documents", {"ids": self.ids, "q_ids": self.q_ids}
+
     def __repr__(self) -> str:
         return f"documents({self.ids!r})"
 
@@ -568,6 +612,9 @@ class Dense(_Cells):
         plane = np.broadcast_to(plane, (frame.q_total, frame.kv_total))
         rows = slice(rows.start + frame.q0, rows.stop + frame.q0)
         return plane[rows, k0 + frame.k0 : k1 + frame.k0]
+
+    def recipe(self) -> Recipe:
+        return "dense", {"array": self.array}
 
     def __repr__(self) -> str:
         return f"dense(<bool array {self.array.shape}>)"
@@ -769,6 +816,8 @@ def dense(array: object) -> Mask:
     """
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError("mask must not be a masked array: its own mask would be ignored")
+    if is_traced(array):
+        return Dense(array)  # type: ignore[arg-type]  # looked at when the program runs
     cells = np.asarray(array)
     if cells.dtype != np.bool_:
         raise TypeError(
@@ -791,6 +840,20 @@ def from_predicate(fn: Callable[..., object], *, per_head: bool = False) -> Mask
     if not callable(fn):
         raise TypeError(f"from_predicate: fn must be callable, got {type(fn).__name__}")
     return _Predicate(fn, per_head)
+
+
+def _bound(mask: Mask, q_len: int, kv_len: int, q0: int, q1: int, k0: int, k1: int) -> Mask:
+    return mask.bind(q_len, kv_len)[q0:q1, k0:k1]
+
+
+# What recipes name.
+RECIPES: dict[str, Callable[..., Mask]] = {
+    **{make.__name__: make for make in (band, spans, prefix, chunked, lengths, documents, dense)},
+    "and": _Both,
+    "or": _Either,
+    "not": _Not,
+    "bound": _bound,
+}
 
 
 # ---- the affine part -----------------------------------------------------------------------------------------
@@ -832,6 +895,8 @@ def integer(name: str, x: object, at_least: int | None) -> int:
 
 
 def _integers(name: str, x: object, at_least: int | None) -> Ints:
+    if is_traced(x):
+        return x  # type: ignore[return-value]  # looked at when the program runs
     array = np.array(x)  # a private copy: the caller may change its own while we run
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} must be integers, got {array.dtype}")

@@ -53,7 +53,7 @@ class Known:
 _known: dict[Key, Known] = {}
 
 
-def key_of(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Key | None:
+def _key(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Key | None:
     """What tells this call from others; None where it must be looked at in full."""
     if type(q) is not np.ndarray or type(k) is not np.ndarray or type(v) is not np.ndarray:
         return None
@@ -69,14 +69,20 @@ def key_of(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return
     )  # fmt: skip
 
 
-def known(key: Key) -> Known | None:
-    return _known.get(key)
+def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Any:
+    """The result of a call that was understood before; None where it must be looked at in full."""
+    key = _key(q, k, v, causal, scale, softcap, return_lse)
+    run = None if key is None else _known.get(key)
+    return None if run is None else run(q, k, v)
 
 
-def remember(key: Key, call: Call) -> None:
+def remember(
+    call: Call, q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any
+) -> None:
     """Keep what was understood, if the native core runs it as it is."""
     x, p = call.operands, call.problem
-    if call.plan.backend != "native" or call.squeeze or x.q.ndim < 3:
+    key = _key(q, k, v, causal, scale, softcap, return_lse)
+    if key is None or call.plan.backend != "native" or call.squeeze or x.q.ndim < 3:
         return
     if any(step % a.itemsize for a in (x.q, x.k, x.v) for step in a.strides):
         return

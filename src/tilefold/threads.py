@@ -7,8 +7,7 @@ BLAS's, which this does not change.
 
 from __future__ import annotations
 
-import sys
-
+from . import frameworks
 from .backends.cpu import CORE
 from .masks import integer
 
@@ -41,6 +40,6 @@ def get_num_threads() -> int:
     """
     if CORE is None:
         return 1
-    torch = sys.modules.get("torch")
-    otherwise = 0 if torch is None else getattr(torch, "get_num_threads", int)()
+    torch = frameworks.torch()
+    otherwise = 0 if torch is None else torch.get_num_threads()
     return int(CORE.threads(otherwise))

@@ -1349,30 +1349,6 @@ def test_torch_tensors(name):
     assert isinstance(tf.merge((out, lse), (out, lse))[1], torch.Tensor)
 
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda torch, x: x.requires_grad_(), r"tensor\.detach\(\)"),
-        (lambda torch, x: torch._neg_view(x), r"resolve_neg\(\)"),
-        (lambda torch, x: x.to("meta"), "meta"),
-        (lambda torch, x: x.to_sparse(), "layout"),
-        (lambda torch, x: fake(x), "no memory of its own"),
-    ],
-    ids=["requires grad", "negated view", "meta", "sparse", "fake"],
-)
-def test_torch_tensors_without_plain_memory_are_refused(make, says):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    x = torch.ones(2, 3, 4)
-    with pytest.raises(TypeError, match=rf"^k is a torch\..*{says}"):
-        tf.attention(torch.ones(2, 3, 4), make(torch, x), x)
-
-
-def fake(x):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode().from_tensor(x)
-
-
 def test_jax_arrays():
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     q, k, v = qkv(dtype=np.float32)

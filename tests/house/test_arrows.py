@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 
 # From the ground up: a file imports only what stands before it. A folder stands for every file in it.
 ORDER = [
-    *("dtypes", "problem", "layouts", "masks", "tiles"),
+    *("frameworks", "dtypes", "problem", "layouts", "masks", "tiles"),
     *("scores", "stats", "fold", "replay", "plan", "backends", "threads"),
-    *("arrays", "call", "shortcut", "api", "flash", "naive", "bench", "cli"),
+    *("arrays", "call", "shortcut", "api", "drop_in", "flash", "naive", "bench", "cli"),
 ]
 
 # Arrows that point up, each with its reason.
 UP = {
     ("plan", "backends"): "choosing walks the table of backends",
     ("plan", "threads"): "a plan is for so many threads",
+    ("arrays", "call"): "a framework's own door runs calls, and differentiates them",
     ("flash", "bench"): "benchmark_flash_attention is one of the founding names",
 }
 
@@ -36,8 +37,12 @@ OPTIONAL = {
         ),
         ARRAYS,
     ),
-    **dict.fromkeys(("ml_dtypes", "matplotlib", "threadpoolctl", "psutil"), ("bench/", "cli/")),
+    **dict.fromkeys(
+        ("ml_dtypes", "matplotlib", "threadpoolctl", "psutil"), ("arrays/torch/", "bench/", "cli/")
+    ),
 }
+# Files that are themselves imported only when they are needed, inside functions: they import their package at the top.
+LAZY = ("arrays/torch/", "drop_in/")
 # The command line is an extra as a whole; these it may import as usual.
 CLI = {"typer", "rich", "safetensors", "tokenizers"}
 
@@ -92,7 +97,7 @@ def faults(source: str, path: str) -> list[str]:
         if top in OPTIONAL:
             if not path.startswith(OPTIONAL[top]):
                 wrong.append(f"{path} imports {top}, which only {', '.join(OPTIONAL[top])} may")
-            elif not inside:
+            elif not inside and not path.startswith(LAZY):
                 wrong.append(
                     f"{path} imports {top} at its top: an optional package is imported where it is needed"
                 )
@@ -109,6 +114,9 @@ def faults(source: str, path: str) -> list[str]:
             ):
                 wrong.append(f"{path} imports the native core, which only backends/cpu.py may")
             continue
+        lazy = "/".join(name.split(".")[1:3]) + "/"
+        if not inside and lazy.startswith(LAZY) and not path.startswith(LAZY):
+            wrong.append(f"{path} imports {name} at its top, and with it an optional package")
         if there == "naive" and here not in NAIVE:
             wrong.append(f"{path} imports the oracle, which only {', '.join(NAIVE)} may")
         if here == "backends" and there == "backends" and path != "backends/__init__.py":
@@ -156,7 +164,10 @@ def test_exceptions_are_still_needed():
             "import importlib\nimportlib.import_module('jax.numpy')",
             "scores.py imports jax, which only",
         ),
-        ("arrays/torch.py", "import torch", "at its top"),
+        ("arrays/mlx.py", "import mlx", "at its top"),
+        ("arrays/__init__.py", "from . import torch", "at its top"),
+        ("api.py", "from .arrays.torch import run", "at its top"),
+        ("cli/app.py", "from ..drop_in.sdpa import use", "at its top"),
         ("bench/case.py", "def f():\n    import torch", "bench/case.py imports torch, which only"),
         ("api.py", "def f():\n    import ml_dtypes", "api.py imports ml_dtypes, which only"),
         ("bench/case.py", "import rich", "which only the command line may"),
@@ -182,7 +193,10 @@ def test_the_checker_can_fail(path, source, says):
     ("path", "source"),
     [
         ("fold.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .plan import Plan"),
-        ("arrays/torch.py", "def enter(x):\n    import torch"),
+        ("arrays/mlx.py", "def enter(x):\n    import mlx"),
+        ("arrays/torch/run.py", "import torch"),
+        ("api.py", "def f():\n    from .arrays import torch"),
+        ("drop_in/sdpa.py", "import torch"),
         ("replay.py", "import numpy as np\nfrom .fold import seeds"),
         ("bench/case.py", "from ..naive import naive"),
         ("backends/cpu.py", "def load():\n    from .. import _core"),

@@ -1,7 +1,8 @@
 """Any array in, the same kind out. Below this folder frameworks do not exist.
 
 A door takes an argument to a NumPy view of the same memory and a result back to the caller's kind. NumPy arrays pass
-as they are; anything with `__dlpack__` passes without a copy. A framework with a door of its own adds a file here.
+as they are; anything with `__dlpack__` passes without a copy. A framework with a door of its own has a folder here,
+imported when its first array comes: see `torch`, which differentiates and compiles too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import known, names
+from ..frameworks import is_tensor
 from . import dlpack
 from . import numpy as numpy_door
 
@@ -19,6 +21,10 @@ def enter(name: str, x: Any) -> np.ndarray:
     """The argument `name` as a NumPy array over the same memory; TypeError says what is wrong with it."""
     if isinstance(x, np.ndarray):
         return numpy_door.enter(name, x)
+    if is_tensor(x):
+        from .torch import tensors
+
+        return tensors.enter(name, x)
     if dlpack.speaks(x):
         return numpy_door.enter(name, dlpack.enter(name, x))
     raise TypeError(
@@ -38,4 +44,10 @@ def enter_floats(name: str, x: Any) -> np.ndarray:
 
 def leave(like: Any, result: np.ndarray) -> Any:
     """`result` in the kind of the argument `like`."""
-    return result if isinstance(like, np.ndarray) else dlpack.leave(like, result)
+    if isinstance(like, np.ndarray):
+        return result
+    if is_tensor(like):
+        from .torch import tensors
+
+        return tensors.leave(result)
+    return dlpack.leave(like, result)

@@ -1,0 +1,74 @@
+"""PyTorch's door: which way a call on tensors takes.
+
+Plain tensors go straight to the core, through autograd where a gradient may be asked for. Programs that are compiled or
+exported, tensors that stand for others, and functorch's transforms see operators, or a function with rules of its own.
+Imported with the first tensor that comes, so torch may be imported here at the top.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import frameworks
+from ...call import Options
+from ...plan import Plan
+from . import operators
+from .autograd import Attention, Transformed
+from .run import How, known, run
+
+__all__ = ["attention", "known"]
+
+
+def attention(
+    q: Tensor, k: Any, v: Any, o: Options, return_lse: bool, out: Any, backend: str, plan: Plan | None
+) -> Any:
+    """`tilefold.attention` on tensors, without probes."""
+    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
+        q, k, v = (_autocast(x) for x in (q, k, v))
+    how = How(o, backend, plan)
+    if _as_operator(q, k, v):
+        result = operators.attention(q, k, v, how, out)
+    elif torch._C._are_functorch_transforms_active():
+        result = Transformed.apply(q, k, v, o.bias, o.sinks, how)
+    elif torch.is_grad_enabled() and _wants_gradient(q, k, v, o.bias, o.sinks, o.alibi):
+        _refuse_gradients(o, out)
+        result = Attention.apply(q, k, v, o.bias, o.sinks, how)
+    else:
+        result = run(q, k, v, how, out)
+    return result if return_lse else result[0]
+
+
+def _as_operator(q: Tensor, k: Any, v: Any) -> bool:
+    """Whether the call must be an operator: its tensors have no numbers, or a mode wants to see every operator."""
+    without = {name: _without_numbers(x) for name, x in (("q", q), ("k", k), ("v", v))}
+    if any(without.values()) and not all(without.values()):
+        name = next(name for name, x in without.items() if x)
+        raise TypeError(
+            f"{name} stands for another tensor and has no memory of its own; q, k and v must be alike"
+        )
+    return any(without.values()) or bool(torch._C._len_torch_dispatch_stack())
+
+
+def _without_numbers(x: Any) -> bool:
+    return frameworks.is_traced(x) or (isinstance(x, Tensor) and x.device.type == "meta")
+
+
+def _wants_gradient(*given: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in given)
+
+
+def _autocast(x: Any) -> Any:
+    """What torch's own attention does under autocast: float32 and narrower become its type."""
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def _refuse_gradients(o: Options, out: Any) -> None:
+    if out is not None:
+        raise ValueError("out must not be given where a gradient may be asked for; use torch.no_grad()")
+    if isinstance(o.alibi, Tensor) and o.alibi.requires_grad:
+        raise ValueError("alibi must not require a gradient: slopes are no parameters; pass alibi.detach()")

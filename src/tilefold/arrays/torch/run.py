@@ -1,0 +1,114 @@
+"""A call on plain tensors, below autograd; known ones in a few microseconds.
+
+What a call was understood to be is kept by the core, under the types, shapes and strides of its tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends.cpu import CORE, running, team
+from ...call import Call, Options, differentiated, folded, understand
+from ...plan import Plan
+from ...problem import Want
+from ...threads import get_num_threads
+from .tensors import leave
+
+CAUSAL, LSE, GRAD, THREADS = 1, 2, 4, 8  # of the facts that a known call has beside its tensors and scales
+
+_known = None if CORE is None else CORE.Tensors(Tensor, torch.nn.Parameter, torch.empty_strided)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class How:
+    """A call but for its tensors; `simple` where it has none but q, k and v, and nothing else that is unusual."""
+
+    options: Options
+    backend: str = "auto"
+    plan: Plan | None = None
+    simple: bool = False
+
+    def with_arrays(self, bias: Any, sinks: Any) -> How:
+        """The same with these for its bias and sinks."""
+        o = self.options
+        if o.bias is bias and o.sinks is sinks:
+            return self
+        return replace(self, options=replace(o, bias=bias, sinks=sinks))
+
+
+def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Any:
+    """The result of a call that has no other arguments, if it can be had at once; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    if (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False):
+        return None
+    if (scale is not None and type(scale) is not float) or (
+        softcap is not None and type(softcap) is not float
+    ):
+        return None
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)) or q.dim() < 3:
+        return None
+    if (
+        _known is None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or q.is_neg() or k.is_neg() or v.is_neg()
+    ):  # fmt: skip
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        from .autograd import Attention
+
+        how = How(Options(causal=causal, scale=scale, softcap=softcap), simple=True)
+        out, lse = Attention.apply(q, k, v, None, None, how)
+        return (out, lse) if return_lse else out
+    facts = causal * CAUSAL | return_lse * LSE | get_num_threads() * THREADS
+    result = _known.fold(q, k, v, facts, scale, softcap, team())
+    if result is None:
+        want = Want.LSE if return_lse else Want(0)
+        call = folded(q, k, v, Options(causal=causal, scale=scale, softcap=softcap), want=want)
+        out, lse = leave(call.out), leave(call.lse) if return_lse else None
+        _remember(call, (q, k, v), facts, scale, softcap, (out, lse) if return_lse else (out,))
+        result = (out, lse) if return_lse else out
+    return result
+
+
+def run(q: Any, k: Any, v: Any, how: How, out: Any = None) -> tuple[Tensor, Tensor]:
+    """(out, lse)."""
+    if how.simple and (
+        result := known(q, k, v, how.options.causal, how.options.scale, how.options.softcap, True)
+    ):
+        return result
+    call = folded(q, k, v, how.options, want=Want.LSE, backend=how.backend, plan=how.plan, out=out)
+    return leave(call.out) if out is None else out, leave(call.lse)
+
+
+def gradients(
+    q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any, how: How
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dbias, dsinks)."""
+    o = how.options
+    tensors = (q, k, v, out, lse, dout)
+    if not (how.simple and dlse is None and _known is not None) or dout.is_neg():
+        grads = differentiated(*tensors, dlse, o, backend=how.backend)
+        return tuple(None if g is None else leave(g) for g in grads)
+    facts = o.causal * CAUSAL | GRAD | get_num_threads() * THREADS
+    result = _known.gradient(*tensors, facts, o.scale, o.softcap, team())
+    if result is None:
+        result = tuple(leave(g) for g in differentiated(*tensors, None, o)[:3])
+        call = understand(q, k, v, o, want=Want.LSE | Want.GRAD)
+        _remember(call, tensors, facts, o.scale, o.softcap, result)
+    return (*result, None, None)
+
+
+def _remember(
+    call: Call, tensors: tuple[Tensor, ...], facts: int, scale: Any, softcap: Any, results: tuple[Tensor, ...]
+) -> None:
+    """Keep what was understood, if the native core runs it as it is."""
+    if call.plan.backend == "native" and _known is not None:
+        made = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
+        _known.remember(list(tensors), facts, scale, softcap, running(call.plan), made)
