@@ -102,7 +102,7 @@ class Ask:
     """What a model is given, and which rows of its answer mean something."""
 
     inputs: dict
-    rows: object = slice(None)
+    rows: object = Ellipsis
 
     def of(self, model):
         result = model(**self.inputs)
