@@ -84,7 +84,7 @@ def moved(family, seed, dtype="float32"):
     model.set_attn_implementation("eager")
     rng = np.random.default_rng(seed)
     for weight in model.parameters():
-        weight.data.copy_(torch.from_numpy(nudged(weight.data.double().numpy(), dtype, rng)))
+        weight.data.copy_(torch.as_tensor(nudged(weight.data.double().numpy(), dtype, rng)))
     return model
 
 

@@ -291,7 +291,7 @@ class AttentionMask:
         if self.padding is None:
             return {} if mask is None else {"mask": mask}
         cells = self.padding[:, None, None, :]
-        return {"mask": cells if mask is None else mask & masks.dense(cells)}
+        return {"mask": cells if mask is None else mask & masks.dense(_array(cells))}
 
     def _ids(self) -> Iterator[tuple[Tensor, Tensor]]:
         places = torch.arange(max(self.q_len, self.kv_len), device=self.device)
@@ -301,7 +301,7 @@ class AttentionMask:
         """Segments as a mask."""
         whole: masks.Mask | None = None
         for q_ids, k_ids in self._ids():
-            q_ids, k_ids = (x.expand(self.batch, -1) for x in (q_ids, k_ids))
+            q_ids, k_ids = (_array(x.expand(self.batch, -1)) for x in (q_ids, k_ids))
             part = masks.documents(k_ids, q_ids=q_ids)
             whole = part if whole is None else whole & part
         assert whole is not None
@@ -353,6 +353,11 @@ class AttentionMask:
             cells = self.fn(items[:, None, None, None], head[None, :, None, None], q[:, None], k)
         cells = cells.expand(len(items), 1, len(q), len(k))
         return cells if self.padding is None else cells & self.padding[items][:, None, None, keys]
+
+
+def _array(x: Tensor) -> Any:
+    """What a mask is made of: numbers, or in a program that is being compiled the tensor that will hold them."""
+    return x if torch.compiler.is_compiling() else x.numpy()
 
 
 _DENSE = "mask.dense() makes the tensor, n x n cells"
