@@ -11,8 +11,10 @@ for a block of query rows at a time, never dropped.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -37,6 +39,9 @@ def register() -> None:
     >>> model.config._attn_implementation
     'tilefold'
     """
+    if NAME not in AttentionMaskInterface().valid_keys():
+        for factory in _FACTORIES:
+            _remember_in_graphs(factory)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -60,29 +65,64 @@ class AttentionSummary:
 
 _CAUSAL = masking_utils.causal_mask_function
 _EVERYTHING = masking_utils.bidirectional_mask_function
-_AND = masking_utils.and_masks().__code__
-_WINDOW = masking_utils.sliding_window_overlay(1).__code__
-_BOTH_SIDES = masking_utils.sliding_window_bidirectional_overlay(1).__code__
-_CHUNKED = masking_utils.chunked_overlay(1, None).__code__
-_PACKED = masking_utils.packed_sequence_mask_function(None).__code__
-_REMAPPED = masking_utils.remap_positions_for_packed_sequence(_CAUSAL, None).__code__
+_FACTORIES = (
+    masking_utils.and_masks,
+    masking_utils.sliding_window_overlay,
+    masking_utils.sliding_window_bidirectional_overlay,
+    masking_utils.chunked_overlay,
+    masking_utils.packed_sequence_mask_function,
+    masking_utils.remap_positions_for_packed_sequence,
+)
 
 
-def _cells_of(fn: Any) -> dict[str, Any]:
-    """The variables that a closure holds, by name."""
-    return {
-        name: cell.cell_contents
-        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-    }
+def _code_made_by(factory: Any) -> CodeType:
+    """The code of the function of (batch, head, query, key) that a factory defines and returns."""
+    (code,) = (x for x in factory.__code__.co_consts if isinstance(x, CodeType) and x.co_argcount == 4)
+    return code
 
 
-def _conjuncts(fn: MaskFunction) -> Iterator[MaskFunction]:
+_CODES = tuple(map(_code_made_by, _FACTORIES))
+_AND, _WINDOW, _BOTH_SIDES, _CHUNKED, _PACKED, _REMAPPED = _CODES
+
+
+def _remember_in_graphs(factory: Any) -> None:
+    """While torch.compile traces, have a factory's functions keep what they were made of.
+
+    Dynamo does not show the closure of a function that was made in the program that it traces. It does show an
+    attribute; so there, and nowhere else, the factory is replaced by its twin that leaves one.
+    """
+    twin = FunctionType(factory.__code__, factory.__globals__, factory.__name__, factory.__defaults__)
+    names = tuple(inspect.signature(factory).parameters)
+    variadic = factory is masking_utils.and_masks
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        fn = twin(*args, **kwargs)
+        fn.tilefold_made_of = {names[0]: args} if variadic else {**dict(zip(names, args)), **kwargs}  # noqa: B905
+        return fn
+
+    torch.compiler.substitute_in_graph(factory, skip_signature_check=True)(made)
+
+
+def _made_of(fn: Any) -> tuple[CodeType | None, dict[str, Any]]:
+    """The code by which a factory's function is known and what it holds, by name; (None, {}) for any other."""
+    code = getattr(fn, "__code__", None)
+    if not any(code is known for known in _CODES):
+        return None, {}
+    kept = getattr(fn, "tilefold_made_of", None)
+    if kept is not None:
+        return code, kept
+    if torch.compiler.is_dynamo_compiling():
+        return None, {}
+    cells = (cell.cell_contents for cell in fn.__closure__)
+    return code, dict(zip(fn.__code__.co_freevars, cells, strict=True))
+
+
+def _conjuncts(fn: MaskFunction) -> list[MaskFunction]:
     """The functions whose conjunction `fn` is."""
-    if getattr(fn, "__code__", None) is _AND:
-        for part in _cells_of(fn)["mask_functions"]:
-            yield from _conjuncts(part)
-    else:
-        yield fn
+    code, made = _made_of(fn)
+    if code is not _AND:
+        return [fn]
+    return [part for whole in made["mask_functions"] for part in _conjuncts(whole)]
 
 
 @dataclass(slots=True)
@@ -102,33 +142,32 @@ class _Pattern:
     @classmethod
     def of(cls, fn: MaskFunction) -> _Pattern:
         pattern = cls()
-        parts = list(_conjuncts(fn))
+        parts = _conjuncts(fn)
         for part in parts:
-            if getattr(part, "__code__", None) is _PACKED:
+            code, made = _made_of(part)
+            if code is _PACKED:
                 pattern.unknown |= pattern.packed is not None
-                pattern.packed = _cells_of(part)["packed_sequence_mask"]
+                pattern.packed = made["packed_sequence_mask"]
         for part in parts:
             pattern._narrow(part, None)
         return pattern
 
     def _narrow(self, fn: MaskFunction, positions: Tensor | None) -> None:
         """Take one conjunct in. With `positions` it speaks of positions within packed sequences."""
-        code = getattr(fn, "__code__", None)
-        if fn is _EVERYTHING or code is _PACKED:
-            self.unknown |= positions is not None and code is _PACKED
-        elif fn is _CAUSAL:
+        code, made = _made_of(fn)
+        if fn is _CAUSAL:
             self._band(None, 0)
+        elif fn is _EVERYTHING or (code is _PACKED and positions is None):
+            pass
         elif code is _WINDOW:
-            self._band(_cells_of(fn)["sliding_window"] - 1, None)
+            self._band(made["sliding_window"] - 1, None)
         elif code is _BOTH_SIDES:
-            self._band(_cells_of(fn)["sliding_window"], _cells_of(fn)["sliding_window"])
+            self._band(made["sliding_window"], made["sliding_window"])
         elif code is _CHUNKED:
-            cells = _cells_of(fn)
-            self.chunks.append((cells["chunk_size"], cells["left_padding"], positions))
-        elif code is _REMAPPED and positions is None and self._counts(_cells_of(fn)["position_ids"]):
-            cells = _cells_of(fn)
-            for part in _conjuncts(cells["mask_function"]):
-                self._narrow(part, cells["position_ids"])
+            self.chunks.append((made["chunk_size"], made["left_padding"], positions))
+        elif code is _REMAPPED and positions is None and self._counts(made["position_ids"]):
+            for part in _conjuncts(made["mask_function"]):
+                self._narrow(part, made["position_ids"])
         else:
             self.unknown = True
 
