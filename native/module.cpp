@@ -449,8 +449,9 @@ class Tensors {
     bool look(PyObject* tensor, tilefold::dlpack::Tensor& t) const {
         const PyObject* type = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
         if (type != kind_ && type != parameter_) return false;
-        if (api_->look(tensor, &t)) throw nb::python_error();
-        return true;
+        if (api_->look(tensor, &t) == 0) return true;
+        PyErr_Clear();  // it is on no device that DLPack knows, or lies in no strides
+        return false;
     }
     static bool describe(const tilefold::dlpack::Tensor& t, const int64_t* sizes, Array& array) {
         using namespace tilefold::dlpack;

@@ -897,7 +897,7 @@ def integer(name: str, x: object, at_least: int | None) -> int:
 def _integers(name: str, x: object, at_least: int | None) -> Ints:
     if is_traced(x):
         return x  # type: ignore[return-value]  # looked at when the program runs
-    array = np.array(x)  # a private copy: the caller may change its own while we run
+    array = np.asarray(x).copy()  # a private one: the caller may change its own while we run
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     array = array.astype(np.int64)

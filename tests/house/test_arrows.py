@@ -166,7 +166,7 @@ def test_exceptions_are_still_needed():
         ),
         ("arrays/mlx.py", "import mlx", "at its top"),
         ("arrays/__init__.py", "from . import torch", "at its top"),
-        ("api.py", "from .arrays.torch import run", "at its top"),
+        ("api.py", "from .arrays.torch import calls", "at its top"),
         ("cli/app.py", "from ..drop_in.sdpa import use", "at its top"),
         ("bench/case.py", "def f():\n    import torch", "bench/case.py imports torch, which only"),
         ("api.py", "def f():\n    import ml_dtypes", "api.py imports ml_dtypes, which only"),
@@ -194,7 +194,7 @@ def test_the_checker_can_fail(path, source, says):
     [
         ("fold.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .plan import Plan"),
         ("arrays/mlx.py", "def enter(x):\n    import mlx"),
-        ("arrays/torch/run.py", "import torch"),
+        ("arrays/torch/calls.py", "import torch"),
         ("api.py", "def f():\n    from .arrays import torch"),
         ("drop_in/sdpa.py", "import torch"),
         ("replay.py", "import numpy as np\nfrom .fold import seeds"),

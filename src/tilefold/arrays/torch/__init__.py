@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ... import frameworks
 from ...call import Options
 from ...plan import Plan
 from . import operators
-from .autograd import Attention, Transformed
-from .run import How, known, run
+from .autograd import FORWARD, Attention, Transformed
+from .calls import How, known, run
 
 __all__ = ["attention", "known"]
 
@@ -26,8 +27,9 @@ def attention(
     q: Tensor, k: Any, v: Any, o: Options, return_lse: bool, out: Any, backend: str, plan: Plan | None
 ) -> Any:
     """`tilefold.attention` on tensors, without probes."""
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
+    if torch.is_autocast_enabled("cpu"):
         q, k, v = (_autocast(x) for x in (q, k, v))
+    _refuse_tangents(q, k, v, o.bias, o.sinks, o.alibi)
     how = How(o, backend, plan)
     if _as_operator(q, k, v):
         result = operators.attention(q, k, v, how, out)
@@ -63,8 +65,15 @@ def _wants_gradient(*given: Any) -> bool:
 def _autocast(x: Any) -> Any:
     """What torch's own attention does under autocast: float32 and narrower become its type."""
     if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+        return x.to(torch.get_autocast_dtype("cpu"))
     return x
+
+
+def _refuse_tangents(*given: Any) -> None:
+    if forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active():
+        for x in given:
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(FORWARD)
 
 
 def _refuse_gradients(o: Options, out: Any) -> None:

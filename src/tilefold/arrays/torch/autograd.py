@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .run import How, gradients, run
+from .calls import How, gradients, run
 
 
 class Attention(Function):
@@ -26,13 +25,13 @@ class Attention(Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 6
-        q, k, v, bias, sinks, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
+        out, lse, q, k, v, bias, sinks, *_ = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        if torch.is_grad_enabled():  # create_graph=True: what follows must not be taken for a constant
+            return *TransformedGradients.apply(q, k, v, out, lse, dout, dlse, bias, sinks, ctx.how), None
         return *gradients(q, k, v, out, lse, dout, dlse, ctx.how.with_arrays(bias, sinks)), None
 
 
@@ -49,10 +48,14 @@ class Transformed(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, sinks, out, lse = ctx.saved_tensors
+        out, lse, q, k, v, bias, sinks, *_ = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         dlse = torch.zeros_like(lse) if dlse is None else dlse
         return *TransformedGradients.apply(q, k, v, out, lse, dout, dlse, bias, sinks, ctx.how), None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(FORWARD)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -81,12 +84,13 @@ class TransformedGradients(Function):
         return _one_by_one(TransformedGradients, info, in_dims, inputs)
 
 
+FORWARD = "tilefold's attention has no forward-mode derivative; use reverse mode (backward, grad, vjp)"
 ONCE = "tilefold's attention can be differentiated once; its gradients cannot be differentiated again"
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, how = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*output, *tensors, *how.others())
     ctx.how = how
     ctx.set_materialize_grads(False)
 

@@ -10,16 +10,19 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ...call import Options, mask_of
 from ...masks import RECIPES, Mask
 from .autograd import ONCE
-from .run import How, gradients, run
+from .calls import How, gradients, run
 from .tensors import empty_like, enter
 
 ARRAYS = ("bias", "sinks", "alibi", "cu_seqlens_q", "cu_seqlens_k", "q_lengths", "kv_lengths")
+TENSORS = 3 + len(ARRAYS)  # that stand first among the arguments: q, k, v and these
 OPTIONS = ", ".join(
     [
         *(f"Tensor? {name}" for name in ARRAYS),
@@ -73,9 +76,10 @@ def _write(x: Any, numbers: list[int], arrays: list[Tensor]) -> str:
     if isinstance(x, str):
         return f'"{x}"'
     if isinstance(x, (int, torch.SymInt)):
-        numbers.append(x)  # type: ignore[arg-type]
+        numbers.append(x)
         return '"#"'
-    arrays.append(x if isinstance(x, Tensor) else torch.as_tensor(x))
+    # A copy of arrays, which may be read-only; a program that is being compiled has none to copy.
+    arrays.append(x if isinstance(x, Tensor) else torch.as_tensor(x if is_compiling() else np.array(x)))
     return '"@"'
 
 
@@ -99,7 +103,8 @@ def _read(x: Any, numbers: Iterator[int], arrays: Iterator[Tensor]) -> Any:
 
 def _how(
     bias: Any, sinks: Any, alibi: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, q_lengths: Any, kv_lengths: Any,
-    mask: str, numbers: Sequence[int], arrays: Sequence[Tensor], scale: Any, softcap: Any, invariant: bool, backend: str,
+    mask: str, numbers: Sequence[int], arrays: Sequence[Tensor], scale: Any, softcap: Any, invariant: bool,
+    backend: str,
 ) -> How:  # fmt: skip
     o = Options(
         mask=read(mask, numbers, arrays), scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks,
@@ -138,24 +143,23 @@ def _bwd_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *options = inputs
-    tensors = options[: len(ARRAYS)]
-    ctx.save_for_backward(*output, q, k, v, *tensors, *options[len(ARRAYS) + 2])
-    ctx.rest = options[len(ARRAYS) :]
+    tensors, (mask, numbers, arrays, *rest) = inputs[:TENSORS], inputs[TENSORS:]
+    ctx.save_for_backward(*output, *tensors, *arrays)
+    ctx.mask, ctx.rest = (mask, numbers), rest
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (3 + len(ARRAYS) + len(ctx.rest))
-    if dout is None and dlse is None:
-        return nothing
-    out, lse, q, k, v, *others = ctx.saved_tensors
-    tensors, arrays = others[: len(ARRAYS)], others[len(ARRAYS) :]
-    dout = torch.zeros_like(out) if dout is None else dout
-    mask, numbers, _, *rest = ctx.rest
-    grads = torch.ops.tilefold.bwd(dout, dlse, out, lse, q, k, v, *tensors, mask, numbers, arrays, *rest)
-    dbias, dsinks = (g if x is not None else None for g, x in zip(grads[3:], tensors, strict=False))
-    return *grads[:3], dbias, dsinks, *nothing[5:]
+    out, lse, *saved = ctx.saved_tensors
+    tensors, arrays = saved[:TENSORS], saved[TENSORS:]
+    grads: list[Any] = [None] * 5
+    if dout is not None or dlse is not None:
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = list(torch.ops.tilefold.bwd(dout, dlse, out, lse, *tensors, *ctx.mask, arrays, *ctx.rest))
+    grads = [None if x is None else g for g, x in zip(grads, tensors, strict=False)]
+    grads += [None] * (TENSORS - len(grads))
+    numbers = None if ctx.mask[1] else []  # torch takes an empty list for one of tensors
+    return *grads, None, numbers, [None] * len(arrays), *(None for _ in ctx.rest)
 
 
 def _refuse_twice(ctx: Any, *_: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...backends.cpu import CORE, running, team
 from ...call import Call, Options, differentiated, folded, understand
@@ -31,6 +32,12 @@ class How:
     backend: str = "auto"
     plan: Plan | None = None
     simple: bool = False
+
+    def others(self) -> tuple[Tensor, ...]:
+        """Tensors that are read again by the gradients: autograd sees to it that nobody changes them meanwhile."""
+        o = self.options
+        given = (o.mask, o.alibi, o.cu_seqlens_q, o.cu_seqlens_k, o.q_lengths, o.kv_lengths)
+        return tuple(x for x in given if isinstance(x, Tensor))
 
     def with_arrays(self, bias: Any, sinks: Any) -> How:
         """The same with these for its bias and sinks."""
@@ -57,6 +64,7 @@ def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
         or q.is_neg() or k.is_neg() or v.is_neg()
     ):  # fmt: skip
         return None
@@ -69,12 +77,18 @@ def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_
     facts = causal * CAUSAL | return_lse * LSE | get_num_threads() * THREADS
     result = _known.fold(q, k, v, facts, scale, softcap, team())
     if result is None:
+        if not all(_is_plain(x) for x in (q, k, v)):
+            return None
         want = Want.LSE if return_lse else Want(0)
         call = folded(q, k, v, Options(causal=causal, scale=scale, softcap=softcap), want=want)
         out, lse = leave(call.out), leave(call.lse) if return_lse else None
         _remember(call, (q, k, v), facts, scale, softcap, (out, lse) if return_lse else (out,))
         result = (out, lse) if return_lse else out
     return result
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
 
 
 def run(q: Any, k: Any, v: Any, how: How, out: Any = None) -> tuple[Tensor, Tensor]:
