@@ -69,11 +69,12 @@ def made(family, dtype="float32"):
     """A model of a family; weights large enough that attention is not nearly uniform."""
     config = CONFIGS[family](transformers)
     auto = getattr(transformers, CLASSES.get(family, "AutoModelForCausalLM"))
-    model = auto.from_config(config, attn_implementation="eager", dtype=getattr(torch, dtype)).eval()
-    rng = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
-        if weight.ndim > 1 or "sinks" in name:
-            weight.data.normal_(std=weight.shape[-1] ** -0.5 if weight.ndim > 1 else 1, generator=rng)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = auto.from_config(config, attn_implementation="eager", dtype=getattr(torch, dtype)).eval()
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 or "sinks" in name:
+                weight.data.normal_(std=weight.shape[-1] ** -0.5 if weight.ndim > 1 else 1)
     return model
 
 
@@ -221,7 +222,7 @@ def test_gradients_are_eagers(family, ask, no_cells):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_gradient_checkpointing(family, reentrant):
     model = copy.deepcopy(made(family)).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     given = padded(family)
@@ -277,7 +278,7 @@ def test_prompts_in_pieces(family, static):
         if static:
             cache = transformers.StaticCache(config=model.config, max_cache_len=64)
         with torch.no_grad():
-            parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 7), (7, 30), (30, LENGTH))]
+            parts = [model(ids[:, a:b], cache=cache).logits for a, b in ((0, 7), (7, 30), (30, LENGTH))]
         seen[name] = torch.cat(parts, dim=1)
     with torch.no_grad():
         others = [moved(family, seed)(ids).logits for seed in (0, 1)]
@@ -445,6 +446,14 @@ def test_masks_of_caches(name, pad, q_len, kv_len, q_offset, kv_offset):
     checked(mask, *heads(q_len, kv_len), cells)
 
 
+def test_a_static_caches_count_is_read_at_once():
+    """The tensor that says where queries stand is moved on by the first layer, before its attention is asked."""
+    count = torch.tensor(17)
+    mask, cells = mask_of(mu.causal_mask_function, None, 6, LENGTH, q_offset=count)
+    count += 6
+    checked(mask, *heads(6, LENGTH), cells)
+
+
 def test_functions_that_are_not_of_indices():
     """What a user passes as `or_mask_function` may only work one cell at a time: transformers maps it, and so do we."""
     image = torch.arange(LENGTH) // 8
@@ -550,9 +559,8 @@ def test_output_attentions_gives_summaries(family):
         result = implemented(family, "tilefold")(**given.inputs)
         eager = implemented(family, "eager")(**given.inputs)
     names = [name for name in result if "attentions" in name]
-    assert names
+    assert sum(len(result[name]) for name in names) >= 2
     for name in names:
-        assert len(result[name]) == len(eager[name]) == 2
         for summary, weights in zip(result[name], eager[name], strict=True):
             assert isinstance(summary, door.AttentionSummary)
             assert summary.shape == weights.shape

@@ -220,6 +220,8 @@ class AttentionMask:
         self, batch: int, q_len: int, kv_len: int, *, q_offset: Any = 0, kv_offset: int = 0,
         fn: MaskFunction = _CAUSAL, padding: Tensor | None = None, use_vmap: bool = False, device: Any = "cpu",
     ) -> None:  # fmt: skip
+        if isinstance(q_offset, torch.Tensor):  # a static cache's own count, which every layer's update moves on
+            q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
         self.batch, self.q_len, self.kv_len = batch, q_len, kv_len
         self.q_offset, self.kv_offset = q_offset, kv_offset
         self.fn, self.use_vmap, self.device = fn, use_vmap, device
@@ -317,10 +319,8 @@ class AttentionMask:
         if right != 0:
             return None
         end = offset + self.q_len  # a cache with room: nobody sees what lies behind the last query
-        if isinstance(offset, torch.Tensor):
-            if torch.compiler.is_compiling():
-                return {**options, "kv_lengths": end.reshape(-1).expand(self.batch)}
-            end = int(end)
+        if isinstance(end, torch.Tensor):
+            return {**options, "kv_lengths": end.reshape(-1).expand(self.batch)}
         if not 0 <= end <= self.kv_len:
             return None
         return options if end == self.kv_len else {**options, "kv_lengths": end}
