@@ -38,7 +38,8 @@ class Clock:
     def __call__(self, tokens, scores):
         self.times.append(time.perf_counter())
         if sys.stderr.isatty():
-            print(f"\r{'':<9}writes {len(self.times)} of {self.new} tokens", end="", file=sys.stderr, flush=True)
+            line = f"\r{'':<9}writes {len(self.times)} of {self.new} tokens"
+            print(line, end="", file=sys.stderr, flush=True)
         return scores
 
 
@@ -102,7 +103,7 @@ def show(rows):
 
 def main():
     options = argparse.ArgumentParser(description="Generate with a real model, once with each attention.")
-    options.add_argument("--tokens", type=int, default=4096, help="length of the long prompt's text, at most 7900")
+    options.add_argument("--tokens", type=int, default=4096, help="of the long prompt's text, at most 7900")
     options.add_argument("--new", type=int, default=32, help="tokens to write")
     options.add_argument("--attention", nargs="+", default=ATTENTIONS, choices=ATTENTIONS)
     options.add_argument("--quick", action="store_true", help="--tokens 300 --new 8")
@@ -131,7 +132,8 @@ def main():
     print()
     table = [("attention", "reads", "writes", "memory beyond the model")]
     for name, got in found.items():
-        table.append((name, f"{got['read']:.1f} s", f"{got['rate']:.1f} tokens/s", f"{got['memory'] / 1e6:.0f} MB"))
+        read, rate, memory = got["read"], got["rate"], got["memory"] / 1e6
+        table.append((name, f"{read:.1f} s", f"{rate:.1f} tokens/s", f"{memory:.0f} MB"))
     show(table)
     print(f"""
 reads    {len(first["words"])} prompts, the longer of {first["prompt"]} tokens, the other padded to it; measured once

@@ -57,7 +57,8 @@ def load(folder, attention):
     register()
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+    return tokenizer, model.eval()
 
 
 def prompts(tokenizer, length):

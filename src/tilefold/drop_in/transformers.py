@@ -220,7 +220,7 @@ class AttentionMask:
         self, batch: int, q_len: int, kv_len: int, *, q_offset: Any = 0, kv_offset: int = 0,
         fn: MaskFunction = _CAUSAL, padding: Tensor | None = None, use_vmap: bool = False, device: Any = "cpu",
     ) -> None:  # fmt: skip
-        if isinstance(q_offset, torch.Tensor):  # a static cache's own count, which every layer's update moves on
+        if isinstance(q_offset, torch.Tensor):  # a static cache's own count, which layers move on
             q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
         self.batch, self.q_len, self.kv_len = batch, q_len, kv_len
         self.q_offset, self.kv_offset = q_offset, kv_offset
@@ -256,10 +256,10 @@ class AttentionMask:
         parts = where if isinstance(where, tuple) else (where,)
         keys = parts[-1] if len(parts) == 4 else None
         if any(part != slice(None) for part in parts[:3]) or not isinstance(keys, slice) or keys.step:
-            raise TypeError(f"an attention mask of tilefold can be cut as [:, :, :, :n] only, got {where!r}; {_DENSE}")
+            raise TypeError(f"attention_mask can be cut as [:, :, :, :n] only, got {where!r}; {_DENSE}")
         start, stop, _ = keys.indices(self.kv_len)
         if start:
-            raise TypeError(f"an attention mask of tilefold keeps its first keys, got {keys!r}; {_DENSE}")
+            raise TypeError(f"attention_mask keeps its first keys when it is cut, got {keys!r}; {_DENSE}")
         padding = None if self.padding is None else self.padding[:, :stop]
         cut = AttentionMask(
             self.batch, self.q_len, stop, q_offset=self.q_offset, kv_offset=self.kv_offset, fn=self.fn,
@@ -269,14 +269,15 @@ class AttentionMask:
         return cut
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"an attention mask of tilefold has no {name!r}: it is a rule and no tensor; {_DENSE}")
+        raise AttributeError(f"attention_mask has no {name!r}: tilefold's is a rule and no tensor; {_DENSE}")
 
     def __repr__(self) -> str:
         return f"AttentionMask(shape={self.shape}, {self.pattern}, padding={'no' if self.padding is None else 'yes'})"
 
     def dense(self) -> Tensor:
         """The whole mask as booleans (batch, 1, q_len, kv_len), True = visible. O(q_len * kv_len)."""
-        return self._cells(torch.arange(self.batch, device=self.device), slice(0, self.q_len), slice(0, self.kv_len))
+        items = torch.arange(self.batch, device=self.device)
+        return self._cells(items, slice(0, self.q_len), slice(0, self.kv_len))
 
     def options(self, packable: bool) -> dict[str, Any]:
         """The same as arguments of `tilefold.attention`, found out once for all layers.
@@ -372,9 +373,10 @@ class AttentionMask:
             self._seen.clear()
         block = *rows, int(j[0, 0]), int(j[0, -1])
         if block not in self._seen:
-            item = torch.tensor([index[0]], device=self.device)
-            _, first, last, least, most = block
-            self._seen[block] = self._cells(item, slice(first, last + 1), slice(least, most + 1))[0, 0].numpy()
+            item, first, last, least, most = block
+            items = torch.tensor([item], device=self.device)
+            cells = self._cells(items, slice(first, last + 1), slice(least, most + 1))
+            self._seen[block] = cells[0, 0].numpy()
         return self._seen[block]
 
     def _cells(self, items: Tensor, rows: slice, keys: slice) -> Tensor:
@@ -411,7 +413,7 @@ def attention_mask(
 
     What it may leave away (`allow_is_causal_skip` and its like) it never does, so that no layer has to guess.
     """
-    if isinstance(attention_mask, AttentionMask):  # made before the forward pass, as generate does for static caches
+    if isinstance(attention_mask, AttentionMask):  # made before the forward pass, as generate may
         return attention_mask
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
@@ -455,7 +457,7 @@ def attention(
     if dropout:
         raise ValueError(_no_dropout(module, dropout))
     if isinstance(cache, masking_utils.PagedAttentionCache):
-        raise ValueError("tilefold has no paged cache yet: continuous batching needs another attn_implementation")
+        raise ValueError("tilefold reads no paged cache: continuous batching needs another attn_implementation")
     # Whether somebody collects summaries is not told to every layer; a compiled program returns only what is asked for.
     wanted = not torch.compiler.is_compiling() or bool(kwargs.get("output_attentions"))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias}
@@ -470,7 +472,7 @@ def attention(
     else:
         options["bias"] = attention_mask if position_bias is None else position_bias + attention_mask
     out, lse = _run(query, key, value, options)
-    if sinks is not None:
+    if sinks is not None and lse is not None:
         out = out * torch.sigmoid(lse[..., None] - sinks).to(out.dtype)
     summary = AttentionSummary(lse, (*query.shape[:3], key.shape[2])) if wanted else None
     return out.transpose(1, 2).contiguous(), summary
@@ -486,7 +488,8 @@ def _unmasked(
     """
     causal = q.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if kwargs.get("cu_seq_lens_q") is not None:
-        options |= {"causal": causal, "cu_seqlens_q": kwargs["cu_seq_lens_q"], "cu_seqlens_k": kwargs["cu_seq_lens_k"]}
+        ends = {"cu_seqlens_q": kwargs["cu_seq_lens_q"], "cu_seqlens_k": kwargs["cu_seq_lens_k"]}
+        options |= {"causal": causal, **ends}
         return k, v
     if causal:
         if k.shape[2] < q.shape[2]:
@@ -501,7 +504,8 @@ def _unmasked(
 def _check_lengths(mask: AttentionMask, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> None:
     if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
-            f"attention_mask is for {mask.q_len} queries and {mask.kv_len} keys, the layer has {q.shape[2]} and {k.shape[2]}"
+            f"attention_mask is for {mask.q_len} queries and {mask.kv_len} keys, "
+            f"the layer has {q.shape[2]} and {k.shape[2]}"
         )
     ends = kwargs.get("cu_seq_lens_q")
     if ends is not None and len(ends) > 2 and mask.pattern.packed is None:
@@ -526,10 +530,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tens
 
 
 def _no_dropout(module: Any, dropout: float) -> str:
-    config = getattr(module, "config", None)
-    fields = [
-        name for name, value in sorted(getattr(config, "__dict__", {}).items()) if "drop" in name and value == dropout
-    ]
+    config = vars(module.config) if hasattr(module, "config") else {}
+    fields = [name for name in sorted(config) if "drop" in name and config[name] == dropout]
     of_attention = [name for name in fields if "att" in name] or fields
     how = f"set config.{of_attention[0]} = 0.0" if of_attention else "set its attention dropout to 0.0"
     return (
