@@ -101,14 +101,16 @@ inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64
     constexpr int W = LANES<float>;
     for (int64_t p0 = 0; p0 < pitch; p0 += W) {
         int64_t d = 0;
-        if (col == 1 && 2 * (p0 + W) <= n)
+        if (col == 1 && p0 + W <= pitch)
             for (; d + W <= width; d += W) {
-                F32 x[W];
+                F32 x[W] = {};
                 each<W>([&](auto r) TILEFOLD_LAMBDA {
-                    const BFloat* const key = from + 2 * (p0 + r) * row + d;
-                    x[r] = bits_as<F32>(bits_as<U32>(spread(key)) | bits_as<U32>(widen(key + row)));
+                    const int64_t key = 2 * (p0 + r);
+                    const BFloat* const at = from + key * row + d;
+                    if (key < n) x[r] = bits_as<F32>(bits_as<U32>(spread(at)));
+                    if (key + 1 < n) x[r] = bits_as<F32>(bits_as<U32>(x[r]) | bits_as<U32>(widen(at + row)));
                 });
-                transpose<float>(x);
+                if (2 * p0 < n) transpose<float>(x);
                 each<W>([&](auto r)
                             TILEFOLD_LAMBDA { store(to + (d + r) * pitch + p0, bits_as<U32>(x[r])); });
             }

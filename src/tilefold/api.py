@@ -6,16 +6,15 @@ arrays of the kind that came in.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from types import ModuleType, SimpleNamespace
+from collections.abc import Container, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import shortcut
-from .arrays import enter_floats, leave
+from .arrays import door_of, enter_floats, leave
 from .call import DROPOUT, Call, Options, differentiated, flag, folded, understand
-from .frameworks import is_tensor
 from .layouts import empty_like, frames
 from .masks import Mask
 from .plan import Plan, backend_of
@@ -111,10 +110,9 @@ def attention(
         and cu_seqlens_k is None and q_lengths is None and kv_lengths is None and probes == () and out is None
         and invariant is False and backend == "auto" and plan is None and not unknown
     )  # fmt: skip
-    tensors = type(q) is not np.ndarray and is_tensor(q)
+    door = None if type(q) is np.ndarray else door_of(q)
     if simple:
-        known = _on_tensors().known if tensors else shortcut.known
-        result = known(q, k, v, causal, scale, softcap, return_lse)
+        result = (door or shortcut).known(q, k, v, causal, scale, softcap, return_lse)
         if result is not None:
             return result
     refuse_unknown(unknown)
@@ -125,8 +123,8 @@ def attention(
     )  # fmt: skip
     _check_probes(probes)
     return_lse = flag("return_lse", return_lse) or bool(probes)
-    if tensors and not probes:
-        return _on_tensors().attention(q, k, v, options, return_lse, out, backend, plan)
+    if door is not None and not probes:
+        return door.attention(q, k, v, options, return_lse, out, backend, plan)
     want = (Want.LSE if return_lse else Want(0)) | (Want.TAPS if probes else Want(0))
     call = folded(q, k, v, options, want=want, backend=backend, plan=plan, out=out)
     if simple:
@@ -136,13 +134,6 @@ def attention(
         seen = SimpleNamespace(**_replayed(call, probes))
         return result, leave(q, call.lse), seen
     return (result, leave(q, call.lse)) if return_lse else result
-
-
-def _on_tensors() -> ModuleType:
-    """PyTorch's own door: gradients, compilation, and calls that are known."""
-    from .arrays import torch
-
-    return torch
 
 
 def refuse_unknown(given: Iterable[str], known: Container[str] = ()) -> None:
@@ -241,7 +232,7 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
     """Join the attention of the same queries over disjoint sets of keys: ``(out, lse)`` of each part, to those of all.
 
     This is what makes split keys, shared prefixes and rings exact. Shapes ``(..., Sq, Dv)`` and ``(..., Sq)``; parts in
-    any order, an empty part (0, -inf) is neutral. The state is kept in float32 or wider.
+    any order, an empty part (0, -inf) is neutral. The state is kept in float32 or wider. On tensors it differentiates.
 
     >>> q, k, v = np.random.default_rng(0).normal(size=(3, 40, 16))
     >>> halves = [attention(q, k[s], v[s], return_lse=True) for s in (slice(0, 9), slice(9, 40))]
@@ -250,38 +241,45 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
     """
     if not parts:
         raise TypeError("merge: give at least one (out, lse)")
-    total: OnlineStats | None = None
-    like: np.ndarray | None = None
     for n, part in enumerate(parts):
         if not isinstance(part, (tuple, list)) or len(part) != 2:
             raise TypeError(f"merge: part {n} must be (out, lse), got {type(part).__name__}")
-        out, lse = (
-            enter_floats(f"merge: out of part {n}", part[0]),
-            enter_floats(f"merge: lse of part {n}", part[1]),
-        )
-        if out.ndim < 2:
-            raise ValueError(f"merge: out of part {n} must have shape (..., length, dim), got {out.shape}")
-        if lse.shape != out.shape[:-1]:
-            raise ValueError(
-                f"merge: part {n} has out {out.shape} and lse {lse.shape}; lse must be {out.shape[:-1]}"
-            )
-        like = out if like is None else like
-        if out.shape != like.shape or out.dtype != like.dtype:
-            raise ValueError(
-                f"merge: part {n} is {out.dtype.name} {out.shape}, the first is {like.dtype.name} {like.shape}"
-            )
-        wide = np.result_type(lse.dtype, np.float32) if lse.dtype.name != "bfloat16" else np.dtype(np.float32)
-        if out.dtype == np.float64:
-            wide = np.dtype(np.float64)
-        state = OnlineStats.closed(out.astype(wide), lse.astype(wide))
-        with np.errstate(all="ignore"):
-            total = state if total is None else total.merge(state)
-    assert total is not None and like is not None
+    if all(door_of(x) is not None for part in parts for x in part):
+        _check_parts(parts)
+        return door_of(parts[0][0]).merge(parts)  # type: ignore[no-any-return, union-attr]
+    arrays = [
+        (enter_floats(f"merge: out of part {n}", out), enter_floats(f"merge: lse of part {n}", lse))
+        for n, (out, lse) in enumerate(parts)
+    ]
+    _check_parts(arrays)
+    total: OnlineStats | None = None
     with np.errstate(all="ignore"):
+        for out, lse in arrays:
+            wide = lse.dtype if lse.dtype == np.float64 else np.dtype(np.float32)
+            wide = out.dtype if out.dtype == np.float64 else wide
+            state = OnlineStats.closed(out.astype(wide), lse.astype(wide))
+            total = state if total is None else total.merge(state)
+        assert total is not None
         merged, lse = total.finalize()
+    like = arrays[0][0]
     result = empty_like(like, like.shape, like.dtype)
     result[...] = merged
     return leave(parts[0][0], result), leave(parts[0][1], lse)
+
+
+def _check_parts(parts: Sequence[tuple[Array, Array]]) -> None:
+    like = parts[0][0]
+    for n, (out, lse) in enumerate(parts):
+        shape, dtype = tuple(out.shape), str(out.dtype).removeprefix("torch.")
+        if len(shape) < 2:
+            raise ValueError(f"merge: out of part {n} must have shape (..., length, dim), got {shape}")
+        if tuple(lse.shape) != shape[:-1]:
+            raise ValueError(
+                f"merge: part {n} has out {shape} and lse {tuple(lse.shape)}; lse must be {shape[:-1]}"
+            )
+        if out.shape != like.shape or out.dtype != like.dtype:
+            first = f"{str(like.dtype).removeprefix('torch.')} {tuple(like.shape)}"
+            raise ValueError(f"merge: part {n} is {dtype} {shape}, the first is {first}")
 
 
 class Explanation(SimpleNamespace):

@@ -15,8 +15,8 @@ def torch() -> ModuleType | None:
 
 def is_tensor(x: Any) -> bool:
     """Whether `x` is a tensor of PyTorch."""
-    module = torch()
-    return module is not None and isinstance(x, module.Tensor)
+    module = sys.modules.get("torch")
+    return module is not None and isinstance(x, getattr(module, "Tensor", ()))
 
 
 def is_traced(x: Any) -> bool:

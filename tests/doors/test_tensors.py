@@ -10,6 +10,7 @@ from cases import FORWARD, ZOO
 
 import tilefold as tf
 from tilefold.bench.case import Case
+from tilefold.dtypes import ROWS
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("ml_dtypes", reason="bfloat16 tensors need ml_dtypes")
@@ -448,15 +449,48 @@ def test_inference_mode():
     assert torch.equal(out, tf.attention(q, k, v, causal=True).detach())
 
 
-def test_merge_and_probe_take_tensors():
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_merge_is_differentiable(dtype):
+    inputs = qkv(2, q_len=9, kv_len=7, dtype=dtype, grad=True)
+
+    def whole(q, k, v):
+        return tf.attention(q, k, v, causal=True, return_lse=True)
+
+    def merged(q, k, v):
+        """Of three parts; the first two rows see nothing in any, more rows nothing in the second."""
+        edges = (0, 3, 6, 7)
+        return tf.merge(
+            *(
+                tf.attention(
+                    q, k[..., a:b, :], v[..., a:b, :], tf.band(None, 0, offset=-2 - a), return_lse=True
+                )
+                for a, b in zip(edges, edges[1:], strict=False)
+            )
+        )
+
+    (one, one_grads), (many, many_grads) = (
+        by_autograd(call, inputs, [torch.ones_like(x) for x in whole(*inputs)]) for call in (whole, merged)
+    )
+    roundoff = 64 * ROWS[str(dtype).removeprefix("torch.")].roundoff
+    for a, b in zip((*one, *one_grads), (*many, *many_grads), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.allclose(a, b, rtol=roundoff, atol=roundoff)
+    assert torch.equal(many[1][..., :2], torch.full((2, 4, 2), -torch.inf, dtype=many[1].dtype))
+
+
+def test_merge_gives_tensors_what_it_gives_arrays():
     q, k, v = qkv(2)
-    halves = [
+    parts = [
         tf.attention(q, k[..., s, :], v[..., s, :], return_lse=True) for s in (slice(0, 5), slice(5, 13))
     ]
-    out, lse = tf.merge(*halves)
-    whole = tf.attention(q, k, v, return_lse=True)
-    assert torch.allclose(out, whole[0], atol=1e-6)
-    assert torch.allclose(lse, whole[1], atol=1e-6)
+    for got, expected in zip(
+        tf.merge(*parts), tf.merge(*([x.numpy() for x in part] for part in parts)), strict=True
+    ):
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6, atol=1e-6)
+    swapped = [(out.transpose(1, 2).contiguous().transpose(1, 2), lse) for out, lse in parts]
+    assert tf.merge(*swapped)[0].stride() == swapped[0][0].stride()
+    with pytest.raises(ValueError, match=r"merge: part 1 is float64 \(2, 4, 9, 8\), the first is float32"):
+        tf.merge(parts[0], (parts[1][0].double(), parts[1][1]))
 
 
 # ---- calls that are known --------------------------------------------------------------------------------------

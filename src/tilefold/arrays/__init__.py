@@ -7,6 +7,7 @@ imported when its first array comes: see `torch`, which differentiates and compi
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,26 @@ from ..frameworks import is_tensor
 from . import dlpack
 from . import numpy as numpy_door
 
+_torch: ModuleType | None = None
+
+
+def door_of(x: Any) -> ModuleType | None:
+    """The framework's own door for `x`, with `known` and `attention` of its own; None where there is none."""
+    global _torch
+    if not is_tensor(x):
+        return None
+    if _torch is None:
+        from . import torch as _torch
+    return _torch
+
 
 def enter(name: str, x: Any) -> np.ndarray:
     """The argument `name` as a NumPy array over the same memory; TypeError says what is wrong with it."""
     if isinstance(x, np.ndarray):
         return numpy_door.enter(name, x)
-    if is_tensor(x):
-        from .torch import tensors
-
-        return tensors.enter(name, x)
+    if (door := door_of(x)) is not None:
+        array: np.ndarray = door.tensors.enter(name, x)
+        return array
     if dlpack.speaks(x):
         return numpy_door.enter(name, dlpack.enter(name, x))
     raise TypeError(
@@ -46,8 +58,6 @@ def leave(like: Any, result: np.ndarray) -> Any:
     """`result` in the kind of the argument `like`."""
     if isinstance(like, np.ndarray):
         return result
-    if is_tensor(like):
-        from .torch import tensors
-
-        return tensors.leave(result)
+    if (door := door_of(like)) is not None:
+        return door.tensors.leave(result)
     return dlpack.leave(like, result)

@@ -16,11 +16,12 @@ from torch.autograd import forward_ad
 from ... import frameworks
 from ...call import Options
 from ...plan import Plan
-from . import operators
+from . import operators, tensors
 from .autograd import FORWARD, Attention, Transformed
 from .calls import How, known, run
+from .merge import merge
 
-__all__ = ["attention", "known"]
+__all__ = ["attention", "known", "merge", "tensors"]
 
 
 def attention(

@@ -9,19 +9,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch import get_num_threads as torch_threads
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from ...backends.cpu import CORE, running, team
 from ...call import Call, Options, differentiated, folded, understand
 from ...plan import Plan
 from ...problem import Want
-from ...threads import get_num_threads
 from .tensors import leave
 
 CAUSAL, LSE, GRAD, THREADS = 1, 2, 4, 8  # of the facts that a known call has beside its tensors and scales
 
-_known = None if CORE is None else CORE.Tensors(Tensor, torch.nn.Parameter, torch.empty_strided)
+_known: Any = None if CORE is None else CORE.Tensors(Tensor, torch.nn.Parameter, torch.empty_strided)
+_threads: Any = None if CORE is None else CORE.threads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,35 +52,25 @@ class How:
 
 def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Any:
     """The result of a call that has no other arguments, if it can be had at once; else None."""
-    if torch.compiler.is_compiling():
-        return None
-    if (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False):
-        return None
-    if (scale is not None and type(scale) is not float) or (
-        softcap is not None and type(softcap) is not float
-    ):
-        return None
-    if not (isinstance(k, Tensor) and isinstance(v, Tensor)) or q.dim() < 3:
-        return None
     if (
-        _known is None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled("cpu")
+        is_compiling() or _known is None
+        or (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False)
+        or (scale is not None and type(scale) is not float) or (softcap is not None and type(softcap) is not float)
+        or _len_torch_dispatch_stack() or _are_functorch_transforms_active() or is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
-        or q.is_neg() or k.is_neg() or v.is_neg()
+        or not (isinstance(k, Tensor) and isinstance(v, Tensor)) or q.is_neg() or k.is_neg() or v.is_neg()
     ):  # fmt: skip
         return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         from .autograd import Attention
 
         how = How(Options(causal=causal, scale=scale, softcap=softcap), simple=True)
         out, lse = Attention.apply(q, k, v, None, None, how)
         return (out, lse) if return_lse else out
-    facts = causal * CAUSAL | return_lse * LSE | get_num_threads() * THREADS
+    facts = (CAUSAL if causal else 0) | (LSE if return_lse else 0) | _threads(torch_threads()) * THREADS
     result = _known.fold(q, k, v, facts, scale, softcap, team())
     if result is None:
-        if not all(_is_plain(x) for x in (q, k, v)):
+        if q.dim() < 3 or not all(_is_plain(x) for x in (q, k, v)):
             return None
         want = Want.LSE if return_lse else Want(0)
         call = folded(q, k, v, Options(causal=causal, scale=scale, softcap=softcap), want=want)
@@ -110,7 +103,7 @@ def gradients(
     if not (how.simple and dlse is None and _known is not None) or dout.is_neg():
         grads = differentiated(*tensors, dlse, o, backend=how.backend)
         return tuple(None if g is None else leave(g) for g in grads)
-    facts = o.causal * CAUSAL | GRAD | get_num_threads() * THREADS
+    facts = (CAUSAL if o.causal else 0) | GRAD | _threads(torch_threads()) * THREADS
     result = _known.gradient(*tensors, facts, o.scale, o.softcap, team())
     if result is None:
         result = tuple(leave(g) for g in differentiated(*tensors, None, o)[:3])

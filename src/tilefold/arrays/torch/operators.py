@@ -158,7 +158,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         grads = list(torch.ops.tilefold.bwd(dout, dlse, out, lse, *tensors, *ctx.mask, arrays, *ctx.rest))
     grads = [None if x is None else g for g, x in zip(grads, tensors, strict=False)]
     grads += [None] * (TENSORS - len(grads))
-    numbers = None if ctx.mask[1] else []  # torch takes an empty list for one of tensors
+    numbers: list[Any] | None = None if ctx.mask[1] else []  # torch takes an empty list for one of tensors
     return *grads, None, numbers, [None] * len(arrays), *(None for _ in ctx.rest)
 
 

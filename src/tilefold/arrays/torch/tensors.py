@@ -56,11 +56,16 @@ def _bfloat16() -> np.dtype:
     return np.dtype(bfloat16)
 
 
-def empty_like(model: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor whose axes lie in memory in the order of those of `model`, as `layouts.empty_like` makes arrays."""
+def order_of(model: Tensor) -> tuple[list[int], list[int]]:
+    """The axes of `model` as they lie in memory, farthest steps first, and back: the twin of `layouts.order_of`."""
     slots = [axis for axis in range(model.dim()) if model.stride(axis) != 0]
-    order = list(range(model.dim()))
+    there = list(range(model.dim()))
     for slot, axis in zip(slots, sorted(slots, key=lambda axis: -model.stride(axis)), strict=True):
-        order[slot] = axis
-    back = sorted(range(model.dim()), key=order.__getitem__)
-    return model.new_empty([shape[axis] for axis in order], dtype=dtype).permute(back)
+        there[slot] = axis
+    return there, sorted(range(model.dim()), key=there.__getitem__)
+
+
+def empty_like(model: Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor whose axes lie in memory in the order of those of `model`."""
+    there, back = order_of(model)
+    return model.new_empty([shape[axis] for axis in there], dtype=dtype).permute(back)
