@@ -140,7 +140,9 @@ def packed(family):
 
 
 ASKS = [(family, ask) for family in CONFIGS for ask in (plain, padded, packed)]
-ASKS = [(f, ask) for f, ask in ASKS if (ask is not padded or f != "vit") and (ask is not packed or f in DECODERS)]
+ASKS = [
+    (f, ask) for f, ask in ASKS if (ask is not padded or f != "vit") and (ask is not packed or f in DECODERS)
+]
 both = pytest.mark.parametrize(("family", "ask"), ASKS, ids=lambda x: getattr(x, "__name__", x))
 
 
@@ -373,7 +375,9 @@ FUNCTIONS = {
     "chunks after padding": mu.chunked_causal_mask_function(7, left),
     "packed": mu.and_masks(remapped(mu.causal_mask_function, steps), same_sequence(ids)),
     "packed window": mu.and_masks(remapped(window(5), steps), same_sequence(ids)),
-    "packed chunks": mu.and_masks(remapped(mu.chunked_causal_mask_function(7, none), steps), same_sequence(ids)),
+    "packed chunks": mu.and_masks(
+        remapped(mu.chunked_causal_mask_function(7, none), steps), same_sequence(ids)
+    ),
 }
 UNKNOWN = {
     "or": mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(ids - 1)),
@@ -517,7 +521,9 @@ def test_masks_that_users_make():
     with torch.no_grad():
         hides = Ask({"input_ids": words(), "attention_mask": cells}, padding().bool())
         added = Ask({**hides.inputs, "attention_mask": torch.where(cells, 0.0, -1e38)}, hides.rows)
-        eager, *others = (added.of(m) for m in (implemented("llama", "eager"), moved("llama", 0), moved("llama", 1)))
+        eager, *others = (
+            added.of(m) for m in (implemented("llama", "eager"), moved("llama", 0), moved("llama", 1))
+        )
         same("llama", hides.of(implemented("llama", "tilefold")), eager, others)
 
 

@@ -457,7 +457,9 @@ def attention(
     if dropout:
         raise ValueError(_no_dropout(module, dropout))
     if isinstance(cache, masking_utils.PagedAttentionCache):
-        raise ValueError("tilefold reads no paged cache: continuous batching needs another attn_implementation")
+        raise ValueError(
+            "tilefold reads no paged cache: continuous batching needs another attn_implementation"
+        )
     # Whether somebody collects summaries is not told to every layer; a compiled program returns only what is asked for.
     wanted = not torch.compiler.is_compiling() or bool(kwargs.get("output_attentions"))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias}
