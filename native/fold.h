@@ -24,11 +24,13 @@ struct Call {
     double scale, softcap;
     DType bias_type;
     Strides q, k, v, out, lse, bias, cells;
-    int64_t spans;       // spans per query row where a unit has any, else 0
-    int64_t bits_bytes;  // bytes of bits per query row
-    int64_t bits_start;  // the key that bit 0 stands for
-    int64_t block_k;     // keys per block; blocks lie on an absolute grid
-    bool pack_keys;      // keys are copied into panels too, not only values
+    int64_t spans;           // spans per query row where a unit has any, else 0
+    int64_t bits_bytes;      // bytes of bits per query row
+    int64_t bits_start;      // the key that bit 0 stands for
+    int64_t block_k;         // keys per block; blocks lie on an absolute grid
+    int64_t page;            // key rows per page, 0 where keys lie one after another
+    int64_t k_page, v_page;  // from one page to the next
+    bool pack_keys;          // keys are copied into panels too, not only values
 };
 
 // Converted keys and values of one key head, filled block by block by whoever needs a block first.
@@ -38,11 +40,13 @@ struct Panel {
     int32_t* done;  // per block: 0 nobody, 1 somebody is at it, 2 there
 };
 
-// One sequence and one key head. Pointers stand at its query 0, first head of the group, and key 0.
+// One sequence and one key head. Pointers stand at its query 0, first head of the group, and key 0 (of page
+// 0).
 struct Unit {
     const void *q, *k, *v;
     void *out, *lse;  // lse may be null
     int64_t kv_len;
+    const int64_t* table;         // where k and v lie in pages: which page is the n-th, −1 none
     int64_t first_row;            // the query that row 0 of spans and bits stands for
     Band band;                    // offset resolved
     const void* bias;             // null without

@@ -90,7 +90,9 @@ struct Desk {
     char *own_keys, *own_values;  // a block packed for this piece alone
     A* clean;                     // values without NaN and infinity
     uint8_t* seen;
-    int64_t packed = -1;  // the block in own_keys and own_values
+    T *key_rows, *value_rows;  // of a block whose pages lie apart
+    Rowed<T> k, v;
+    int64_t brought = -1, packed = -1;  // the blocks in k and v, and in own_keys and own_values
 
     Desk(const Call& c_, const Unit& u_, Worker& w_, Arena& a)
         : c(c_),
@@ -104,6 +106,8 @@ struct Desk {
         own_values = a.template take<char>(P::always_values ? pitch * c.v_dim * int64_t(sizeof(A)) : 0);
         clean = a.template take<A>(pitch * c.v_dim);
         seen = a.template take<uint8_t>(c.block_k * N);
+        key_rows = a.template take<T>(c.page ? c.block_k * c.dim : 0);
+        value_rows = a.template take<T>(c.page ? c.block_k * c.v_dim : 0);
     }
 
     Block<K> block(int64_t k0, int64_t k1) {
@@ -118,11 +122,10 @@ struct Desk {
         if (P::always_keys || c.pack_keys)
             b.keys = {reinterpret_cast<const A*>(keys), depth, 1};
         else
-            b.keys = {reinterpret_cast<const A*>(static_cast<const T*>(u.k) + k0 * c.k.row),
-                      c.k.row / K::PAIR, K::PAIR == 1 ? c.k.col : 1};
+            bring_rows(k0, k1),
+                b.keys = {reinterpret_cast<const A*>(k.at), k.row / K::PAIR, K::PAIR == 1 ? k.col : 1};
         if constexpr (!P::always_values)
-            b.values = {reinterpret_cast<const A*>(static_cast<const T*>(u.v) + k0 * c.v.row), c.v.col,
-                        c.v.row};
+            b.values = {reinterpret_cast<const A*>(v.at), v.col, v.row};
         else if constexpr (K::PAIR == 1)
             b.values = {reinterpret_cast<const A*>(values), 1, c.v_dim};
         else
@@ -147,19 +150,22 @@ struct Desk {
         }
     }
 
+    void bring_rows(int64_t k0, int64_t k1) {
+        if (brought == k0) return;
+        k = bring(c, u, u.k, c.k, c.k_page, c.dim, k0, k1, key_rows);
+        v = bring(c, u, u.v, c.v, c.v_page, c.v_dim, k0, k1, value_rows);
+        brought = k0;
+    }
+
     void pack(int64_t k0, int64_t k1, char* keys, char* values) {
-        const T* k = static_cast<const T*>(u.k) + k0 * c.k.row;
-        const T* v = static_cast<const T*>(u.v) + k0 * c.v.row;
+        bring_rows(k0, k1);
         if constexpr (P::always_keys) {
-            widen_rows<T, E>(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<E*>(keys), c.dim);
-            widen_rows<T, E>(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<E*>(values), c.v_dim);
+            widen_rows<T, E>(k, k1 - k0, c.dim, reinterpret_cast<E*>(keys), c.dim);
+            widen_rows<T, E>(v, k1 - k0, c.v_dim, reinterpret_cast<E*>(values), c.v_dim);
         } else {
 #ifdef TILEFOLD_HAS_DOT2
-            if (c.pack_keys)
-                copy_rows(k, c.k.row, c.k.col, k1 - k0, c.dim, reinterpret_cast<BFloat*>(keys),
-                          depth * K::PAIR);
-            pack_value_pairs(v, c.v.row, c.v.col, k1 - k0, c.v_dim, reinterpret_cast<uint32_t*>(values),
-                             pitch);
+            if (c.pack_keys) copy_rows(k, k1 - k0, c.dim, reinterpret_cast<BFloat*>(keys), depth * K::PAIR);
+            pack_value_pairs(v, k1 - k0, c.v_dim, reinterpret_cast<uint32_t*>(values), pitch);
 #endif
         }
     }

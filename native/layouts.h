@@ -33,6 +33,10 @@ class Sequences {
         c_.bias = inner(a.bias), c_.cells = inner(a.cells);
         c_.spans = part.spans, c_.bits_bytes = part.bits_bytes, c_.bits_start = part.bits_start;
         c_.block_k = block_k;
+        if (p.layout == PAGED) {
+            c_.page = a.k.shape[a.k.dims - 2];
+            c_.k_page = a.k.strides[0], c_.v_page = a.v.strides[0];
+        }
         find_frames();
     }
 
@@ -85,8 +89,10 @@ class Sequences {
     Unit unit(const Frame& f, int64_t n) {
         Unit u{};
         u.q = row(a_.q, f.item, head(n), f.q0);
-        u.k = row(a_.k, f.item, kv_head(n), f.k0);
-        u.v = row(a_.v, f.item, kv_head(n), f.k0);
+        const bool paged = p_.layout == PAGED;
+        u.k = row(a_.k, paged ? 0 : f.item, kv_head(n), f.k0);
+        u.v = row(a_.v, paged ? 0 : f.item, kv_head(n), f.k0);
+        if (paged) u.table = a_.table + f.item * a_.table_width;
         u.out = row(a_.out, f.item, head(n), f.q0);
         u.lse = number(a_.lse, f.item, head(n), f.q0);
         u.kv_len = f.kv_len, u.first_row = first_row(f);

@@ -4,6 +4,43 @@
 namespace tilefold {
 namespace {
 
+// Rows of keys or values one after another: the first, and the steps.
+template <class T>
+struct Rowed {
+    const T* at;
+    int64_t row, col;
+    const T* from(int64_t n) const { return at + n * row; }
+};
+
+// Key rows k0 … k1 of the unit's keys or values: where they lie, if that is one after another; else, from
+// pages that lie apart, copied to `own`. Rows of no page are 0; nobody sees them.
+template <class T>
+Rowed<T> bring(const Call& c, const Unit& u, const void* base, const Strides& s, int64_t page_step,
+               int64_t width, int64_t k0, int64_t k1, T* own) {
+    const T* const from = static_cast<const T*>(base);
+    if (!c.page) return {from + k0 * s.row, s.row, s.col};
+    const int64_t* const table = u.table;
+    const int64_t first = k0 / c.page, last = (k1 - 1) / c.page;
+    bool apart = table[first] < 0;
+    for (int64_t n = first; n < last; n++)
+        apart |= table[n + 1] != table[n] + 1 || page_step != c.page * s.row;
+    if (!apart) return {from + table[first] * page_step + k0 % c.page * s.row, s.row, s.col};
+    T* to = own;
+    for (int64_t k = k0; k < k1;) {
+        const int64_t page = table[k / c.page], n = least(c.page - k % c.page, k1 - k);
+        const T* row = from + page * page_step + k % c.page * s.row;
+        for (int64_t i = 0; i < n; i++, row += s.row, to += width)
+            if (page < 0)
+                memset(to, 0, size_t(width) * sizeof(T));
+            else if (s.col == 1)
+                memcpy(to, row, size_t(width) * sizeof(T));
+            else
+                for (int64_t d = 0; d < width; d++) to[d] = row[d * s.col];
+        k += n;
+    }
+    return {own, width, 1};
+}
+
 // Query or output row r of a unit, in elements from its start.
 TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) { return Row(r, group).at(s); }
 
@@ -69,26 +106,27 @@ void pack_column_pairs(const BFloat* base, const Strides& s, int64_t group, int6
 }
 #endif
 
-// Rows [n][width] of T at `from` as rows of E, `pitch` apart.
+// Rows [n][width] of T as rows of E, `pitch` apart.
 template <class T, class E>
-void widen_rows(const T* from, int64_t row, int64_t col, int64_t n, int64_t width, E* to, int64_t pitch) {
+void widen_rows(const Rowed<T>& rows, int64_t n, int64_t width, E* to, int64_t pitch) {
     constexpr int W = LANES<E>;
-    for (int64_t j = 0; j < n; j++, from += row, to += pitch) {
+    for (int64_t j = 0; j < n; j++, to += pitch) {
+        const T* const from = rows.from(j);
         int64_t d = 0;
-        if (col == 1)
+        if (rows.col == 1)
             for (; d + W <= width; d += W) store(to + d, widen(from + d));
-        for (; d < width; d++) to[d] = one(from[d * col]);
+        for (; d < width; d++) to[d] = one(from[d * rows.col]);
     }
 }
 
 // Rows of bf16 as they are, `pitch` elements apart, padded with 0.
-inline void copy_rows(const BFloat* from, int64_t row, int64_t col, int64_t n, int64_t width, BFloat* to,
-                      int64_t pitch) {
-    for (int64_t j = 0; j < n; j++, from += row, to += pitch) {
-        if (col == 1)
+inline void copy_rows(const Rowed<BFloat>& rows, int64_t n, int64_t width, BFloat* to, int64_t pitch) {
+    for (int64_t j = 0; j < n; j++, to += pitch) {
+        const BFloat* const from = rows.from(j);
+        if (rows.col == 1)
             memcpy(to, from, size_t(width) * sizeof(BFloat));
         else
-            for (int64_t d = 0; d < width; d++) to[d] = from[d * col];
+            for (int64_t d = 0; d < width; d++) to[d] = from[d * rows.col];
         memset(to + width, 0, size_t(pitch - width) * sizeof(BFloat));
     }
 }
@@ -96,19 +134,20 @@ inline void copy_rows(const BFloat* from, int64_t row, int64_t col, int64_t n, i
 #ifdef TILEFOLD_HAS_DOT2
 // Values [n][width] as pairs of keys by dimension, [width][pitch] of pairs: Vᵀ, so that a row of A is a
 // dimension. Keys beyond n count as 0 up to `pitch` pairs.
-inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64_t n, int64_t width,
-                             uint32_t* to, int64_t pitch) {
+inline void pack_value_pairs(const Rowed<BFloat>& rows, int64_t n, int64_t width, uint32_t* to,
+                             int64_t pitch) {
     constexpr int W = LANES<float>;
     for (int64_t p0 = 0; p0 < pitch; p0 += W) {
         int64_t d = 0;
-        if (col == 1 && p0 + W <= pitch)
+        if (rows.col == 1 && p0 + W <= pitch)
             for (; d + W <= width; d += W) {
                 F32 x[W] = {};
                 each<W>([&](auto r) TILEFOLD_LAMBDA {
                     const int64_t key = 2 * (p0 + r);
-                    const BFloat* const at = from + key * row + d;
+                    const BFloat* const at = rows.from(key) + d;
                     if (key < n) x[r] = bits_as<F32>(bits_as<U32>(spread(at)));
-                    if (key + 1 < n) x[r] = bits_as<F32>(bits_as<U32>(x[r]) | bits_as<U32>(widen(at + row)));
+                    if (key + 1 < n)
+                        x[r] = bits_as<F32>(bits_as<U32>(x[r]) | bits_as<U32>(widen(at + rows.row)));
                 });
                 if (2 * p0 < n) transpose<float>(x);
                 each<W>([&](auto r)
@@ -117,8 +156,8 @@ inline void pack_value_pairs(const BFloat* from, int64_t row, int64_t col, int64
         for (; d < width; d++)
             for (int64_t p = p0; p < least(p0 + W, pitch); p++) {
                 uint32_t low = 0, high = 0;
-                if (2 * p < n) low = from[2 * p * row + d * col].bits;
-                if (2 * p + 1 < n) high = from[(2 * p + 1) * row + d * col].bits;
+                if (2 * p < n) low = rows.from(2 * p)[d * rows.col].bits;
+                if (2 * p + 1 < n) high = rows.from(2 * p + 1)[d * rows.col].bits;
                 to[d * pitch + p] = low | high << 16;
             }
     }

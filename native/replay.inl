@@ -23,7 +23,7 @@ void pack_rows(const T* base, const Strides& s, int64_t group, int64_t r0, int64
                int64_t pitch, E* to) {
     Row row(r0, group);
     for (int64_t r = 0; r < rows; r++, row.next(), to += pitch) {
-        widen_rows<T, E>(base + row.at(s), 0, s.col, 1, width, to, pitch);
+        widen_rows<T, E>({base + row.at(s), 0, s.col}, 1, width, to, pitch);
         for (int64_t d = width; d < pitch; d++) to[d] = 0;
     }
 }
@@ -139,12 +139,12 @@ struct Replay {
         const T* k = static_cast<const T*>(u.k) + s0 * c.k.row;
         const T* v = static_cast<const T*>(u.v) + s0 * c.v.row;
         if constexpr (IN_TILES) {
-            copy_rows(k, c.k.row, c.k.col, n, c.dim, reinterpret_cast<BFloat*>(own_keys), 2 * depth);
-            copy_rows(v, c.v.row, c.v.col, n, c.v_dim, reinterpret_cast<BFloat*>(own_values), 2 * v_depth);
+            copy_rows({k, c.k.row, c.k.col}, n, c.dim, reinterpret_cast<BFloat*>(own_keys), 2 * depth);
+            copy_rows({v, c.v.row, c.v.col}, n, c.v_dim, reinterpret_cast<BFloat*>(own_values), 2 * v_depth);
             keys = {own_keys, depth, 1}, values = {own_values, v_depth, 1};
         } else if constexpr (PACKED) {
-            widen_rows<T, E>(k, c.k.row, c.k.col, n, c.dim, own_keys, c.dim);
-            widen_rows<T, E>(v, c.v.row, c.v.col, n, c.v_dim, own_values, c.v_dim);
+            widen_rows<T, E>({k, c.k.row, c.k.col}, n, c.dim, own_keys, c.dim);
+            widen_rows<T, E>({v, c.v.row, c.v.col}, n, c.v_dim, own_values, c.v_dim);
             keys = {own_keys, c.dim, 1}, values = {own_values, c.v_dim, 1};
         } else {
             keys = {k, c.k.row, c.k.col}, values = {v, c.v.row, c.v.col};
@@ -157,7 +157,7 @@ struct Replay {
                                !finite_rows<E>(v + j * c.v.row, c.v.row, c.v.col, count, c.v_dim);
             if constexpr (IN_TILES) {
                 A* const across = keys_across + number * c.dim * KEY_PAIRS;
-                pack_value_pairs(k + j * c.k.row, c.k.row, c.k.col, count, c.dim, across, KEY_PAIRS);
+                pack_value_pairs({k + j * c.k.row, c.k.row, c.k.col}, count, c.dim, across, KEY_PAIRS);
                 for (int64_t x = 0; x < c.dim * KEY_PAIRS && odd_keys[number]; x++)
                     across[x] &= ((across[x] & 0x7f80u) == 0x7f80u ? 0xffff0000u : ~0u) &
                                  ((across[x] & 0x7f800000u) == 0x7f800000u ? 0xffffu : ~0u);

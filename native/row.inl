@@ -122,6 +122,8 @@ struct Rows {
     const Unit& u;
     Worker& w;
     const int64_t r0, rows, depth, keys_most, width;  // width: value dims in whole vectors
+    Rowed<T> keys, values;                            // of the block in work, from its first key on
+    T *key_rows, *value_rows;                         // where they are copied to from pages that lie apart
     B* queries;                                       // [R][depth · EACH]
     E* scores;                                        // [R][keys of a block]
     B* weights;                                       // the same, as they are broadcast
@@ -144,6 +146,8 @@ struct Rows {
         weights = a.template take<B>(R * keys_most);
         part = a.template take<E>(R * width);
         total = a.template take<E>(R * width);
+        key_rows = a.template take<T>(c.page ? c.block_k * c.dim : 0);
+        value_rows = a.template take<T>(c.page ? c.block_k * c.v_dim : 0);
     }
 
     int64_t row_of(int r) const { return r0 + least(r, rows - 1); }
@@ -176,9 +180,8 @@ struct Rows {
 
     // ---- the steps of a block ----
 
-    // Scaled products of the rows with W keys from j on, of which `n` exist.
-    TILEFOLD_INLINE void products(int64_t j, int64_t n, Vec<E> (&acc)[R]) const {
-        const T* from = static_cast<const T*>(u.k) + j * c.k.row;
+    // Scaled products of the rows with W keys of the block, of which `n` exist.
+    TILEFOLD_INLINE void products(const T* from, int64_t n, Vec<E> (&acc)[R]) const {
         const B* q = queries;
         Sums<K, R> sums;
         const auto add = [&](int64_t d, Vec<E> keys) TILEFOLD_LAMBDA {
@@ -203,13 +206,13 @@ struct Rows {
     // x[d]: dim (or pair of dims) at + d of W keys.
     TILEFOLD_INLINE void columns(const T* from, int64_t n, int64_t at, Vec<E> (&x)[W]) const {
         each<W>([&](auto key) TILEFOLD_LAMBDA {
-            const T* p = from + least(key, n - 1) * c.k.row + PAIR * at * c.k.col;
-            __builtin_prefetch(p + KEYS_AHEAD * c.k.row);
+            const T* p = from + least(key, n - 1) * keys.row + PAIR * at * keys.col;
+            __builtin_prefetch(p + KEYS_AHEAD * keys.row);
             if constexpr (PAIR == 1)
-                x[key] = some<E>(p, c.k.col, c.dim - at);
+                x[key] = some<E>(p, keys.col, c.dim - at);
 #ifdef TILEFOLD_HAS_DOT2
             else
-                x[key] = bits_as<Vec<E>>(some_pairs(p, c.k.col, c.dim - 2 * at));
+                x[key] = bits_as<Vec<E>>(some_pairs(p, keys.col, c.dim - 2 * at));
 #endif
         });
         transpose<E>(x);
@@ -224,7 +227,7 @@ struct Rows {
         for (int64_t j = j0; j < j1; j += W) {
             const int64_t n = least(W, j1 - j);
             Vec<E> acc[R];
-            products(j, n, acc);
+            products(keys.from(j - j0), n, acc);
             each<R>([&](auto r) TILEFOLD_LAMBDA {
                 Vec<E> x = acc[r];
                 if (!plain) x = transformed(x, r, j, n);
@@ -313,7 +316,7 @@ struct Rows {
     }
     template <int C, bool CAREFUL>
     __attribute__((noinline)) void dims(int64_t d, int64_t j0, int64_t j1, const E (&keep)[R]) {
-        if (!CAREFUL && c.v.col == 1 && d + C * W <= c.v_dim)
+        if (!CAREFUL && values.col == 1 && d + C * W <= c.v_dim)
             dims<C, Values::WHOLE>(d, j0, j1, keep);
         else
             dims<C, CAREFUL ? Values::CAREFUL : Values::SOME>(d, j0, j1, keep);
@@ -322,28 +325,28 @@ struct Rows {
     enum class Values { WHOLE, SOME, CAREFUL };
     template <int C, Values HOW>
     TILEFOLD_INLINE void dims(int64_t d, int64_t j0, int64_t j1, const E (&keep)[R]) {
-        const T* v = static_cast<const T*>(u.v) + j0 * c.v.row + d * c.v.col;
+        const T* v = values.at + d * values.col;
         const B* p = weights;
         Sums<K, R * C> sums;
         const auto step = [&](auto keys) TILEFOLD_LAMBDA {
             each<keys>([&](auto key) TILEFOLD_LAMBDA {
-                const char* p = reinterpret_cast<const char*>(v + (VALUES_AHEAD + key) * c.v.row);
+                const char* p = reinterpret_cast<const char*>(v + (VALUES_AHEAD + key) * values.row);
                 each<(C * W * sizeof(T) + 63) / 64>(
                     [&](auto line) TILEFOLD_LAMBDA { __builtin_prefetch(p + line * 64); });
             });
             X x[C];
             each<C>([&](auto i) TILEFOLD_LAMBDA {
-                const Vec<E> even = values<HOW>(v + i * W * c.v.col, c.v_dim - d - i * W);
+                const Vec<E> even = loaded<HOW>(v + i * W * values.col, c.v_dim - d - i * W);
                 x[i] = Step<K>::of_keys(
-                    even,
-                    keys > 1 ? values<HOW>(v + c.v.row + i * W * c.v.col, c.v_dim - d - i * W) : Vec<E>{});
+                    even, keys > 1 ? loaded<HOW>(v + values.row + i * W * values.col, c.v_dim - d - i * W)
+                                   : Vec<E>{});
             });
             each<R>([&](auto r) TILEFOLD_LAMBDA {
                 each<C>([&](auto i) TILEFOLD_LAMBDA { sums.add(r * C + i, p + r * keys_most, x[i]); });
             });
         };
         int64_t k = 0;
-        for (; k + PAIR <= j1 - j0; k += PAIR, v += PAIR * c.v.row, p += EACH) {
+        for (; k + PAIR <= j1 - j0; k += PAIR, v += PAIR * values.row, p += EACH) {
             step(Int<PAIR>{});
             if (K::DEPTH > 1 && (k / PAIR + 1) % K::DEPTH == 0) sums.close();
         }
@@ -359,18 +362,18 @@ struct Rows {
     }
     // W values of one key, of which `n` exist.
     template <Values HOW>
-    TILEFOLD_INLINE Vec<E> values(const T* v, int64_t n) const {
+    TILEFOLD_INLINE Vec<E> loaded(const T* v, int64_t n) const {
         if constexpr (HOW == Values::WHOLE) return widen(v);
-        const Vec<E> x = some<E>(v, c.v.col, n);
+        const Vec<E> x = some<E>(v, values.col, n);
         return HOW == Values::CAREFUL ? select<E>(x - x == 0, x, Vec<E>{}) : x;
     }
 
     // Adds the values that are not finite to the rows that see them.
     void add_infinite(int64_t j0, int64_t j1, const uint8_t* seen) {
         for (int64_t k = 0; k < j1 - j0; k++) {
-            const T* v = static_cast<const T*>(u.v) + (j0 + k) * c.v.row;
+            const T* v = values.from(k);
             for (int64_t d = 0; d < c.v_dim; d++) {
-                const E x = one(v[d * c.v.col]);
+                const E x = one(v[d * values.col]);
                 if (x - x == 0) continue;
                 for (int r = 0; r < R; r++)
                     if (seen[r * keys_most + k]) part[r * width + d] += x * scores[r * keys_most + k];
@@ -395,6 +398,8 @@ struct Rows {
         hidden |= kind == Kind::EDGE || u.bias;
         E top[R], shift[R], keep[R], added[R];
         for (int r = 0; r < R; r++) top[r] = max_part[r];
+        keys = bring(c, u, u.k, c.k, c.k_page, c.dim, j0, j1, key_rows);
+        values = bring(c, u, u.v, c.v, c.v_page, c.v_dim, j0, j1, value_rows);
         score(j0, j1, kind, top);
         uint8_t seen[CAREFUL ? R * SEGMENT : 1];  // a block is at most a segment
         if constexpr (CAREFUL)

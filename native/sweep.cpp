@@ -34,6 +34,7 @@ struct Shape {
         segments = s.splits > 1 ? std::max<int64_t>(1, ceil_div(kv_len, SEGMENT)) : 1;
         Call c{};
         c.dim = p.dim, c.v_dim = p.v_dim, c.group = group, c.block_k = s.block_k;
+        c.page = p.layout == PAGED;
         c.pack_keys = k.multiple > 1;  // whether they lie in pairs is known only with the arrays
         scratch = k.scratch(c, std::min(s.tile_rows, std::max<int64_t>(q_len * group, 1)));
         const bool panels = k.value_bytes && tiles > 1 && s.splits == 1;

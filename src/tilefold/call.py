@@ -7,7 +7,7 @@ from there, and a padded batch equals the same sequences packed, or alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from .arrays import enter, enter_floats
 from .dtypes import ROWS
 from .frameworks import is_traced
-from .layouts import empty_like
+from .layouts import Stored, empty_like
 from .masks import Mask, causal, check_cu_seqlens, dense, split, window
 from .plan import Plan, backend_of, choose, pinned
 from .problem import Band, Has, Layout, Operands, Problem, Want, bytes_of
@@ -136,20 +136,28 @@ def understand(
     plan: Plan | None = None,
 ) -> Call:
     """Check every argument and make the call; nothing runs."""
-    arrays = {"q": enter_floats("q", q), "k": enter_floats("k", k)}
-    if v is None:
-        raise TypeError(
-            "v must be an array of values; only a cache object stands for keys and values together"
-        )
-    arrays["v"] = enter_floats("v", v)
-    _check_shapes(arrays)
+    stored = _stored(k, v)
+    if stored is not None:
+        k, v = stored.k, stored.v
+    arrays = {name: enter_floats(name, a) for name, a in (("q", q), ("k", k), ("v", v))}
+    if stored is not None and stored.table is not None:
+        _check_pages(arrays, stored)
+    else:
+        _check_shapes(arrays)
     squeeze = arrays["q"].ndim == 2
     q, k, v = (a[None] if squeeze else a for a in arrays.values())
     (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape[-3:], v.shape[-3:]
     x = Operands(q, k, v)
-    layout, batch = _lengths(o, x)
-    band = _masks(o, x)
-    _score_arrays(o, x)
+    if stored is not None:
+        o = _with_lengths(o, stored)
+    if stored is not None and stored.table is not None:
+        x.table = _table(stored.table, len(k))
+        kv_len *= x.table.shape[1]
+    layout, batch = _lengths(o, x, kv_len)
+    band = _masks(o, x, kv_len)
+    if stored is not None and stored.first is not None:
+        _check_held(x, band, np.asarray(stored.first))
+    _score_arrays(o, x, kv_len)
     problem = Problem(
         batch=batch,
         heads=heads,
@@ -224,9 +232,9 @@ def differentiated(
     return grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0]) if call.squeeze else grads
 
 
-def _masks(o: Options, x: Operands) -> Band:
+def _masks(o: Options, x: Operands, kv_len: int) -> Band:
     """All that hides by position or by choice: the affine part, the rest of it into ``x.mask``."""
-    heads, q_len, kv_len = *x.q.shape[-3:-1], x.k.shape[-2]
+    heads, q_len = x.q.shape[-3:-1]
     mask = mask_of(o)
     if mask is not None:
         mask.check(x.lead, heads, q_len, kv_len)
@@ -235,9 +243,9 @@ def _masks(o: Options, x: Operands) -> Band:
     return band
 
 
-def _score_arrays(o: Options, x: Operands) -> None:
+def _score_arrays(o: Options, x: Operands, kv_len: int) -> None:
     """Bias, ALiBi and sinks into `x`, checked."""
-    heads, q_len, kv_len = *x.q.shape[-3:-1], x.k.shape[-2]
+    heads, q_len = x.q.shape[-3:-1]
     if o.bias is not None:
         x.given_bias = enter_floats("bias", o.bias)
         shape = (*x.lead, heads, q_len, kv_len)
@@ -258,6 +266,78 @@ def _score_arrays(o: Options, x: Operands) -> None:
         x.sinks = _per_head("sinks", logits, x.lead, heads)
 
 
+# ---- caches: objects that stand for keys and values -----------------------------------------------------------
+
+
+def _stored(k: Any, v: Any) -> Stored | None:
+    """What the cache `k` holds; None if `k` is an array of keys, with its values in `v`."""
+    if not callable(getattr(k, "stored", None)):
+        if v is None:
+            raise TypeError(
+                "v must be an array of values; only a cache object stands for keys and values together"
+            )
+        return None
+    if v is not None:
+        raise TypeError(f"v must not be given beside a {type(k).__name__}, which holds keys and values")
+    stored = k.stored()
+    if not isinstance(stored, Stored):
+        raise TypeError(f"a cache's stored() must give tilefold.layouts.Stored, got {type(stored).__name__}")
+    return stored
+
+
+def _with_lengths(o: Options, stored: Stored) -> Options:
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths"):
+        if getattr(o, name) is not None:
+            raise TypeError(f"{name} must not be given with a cache, which knows its lengths")
+    return replace(o, kv_lengths=stored.lengths)
+
+
+def _check_pages(arrays: dict[str, np.ndarray], stored: Stored) -> None:
+    q, k, v = arrays.values()
+    for name, a in arrays.items():
+        if a.ndim != 4:
+            raise ValueError(
+                f"with pages q must be (batch, heads, length, dim), k and v (pages, heads, page, dim); "
+                f"got {name} {a.shape}"
+            )
+        if a.dtype != q.dtype:
+            raise TypeError(
+                f"q and the cache must have one dtype, got q {q.dtype.name}, {name} {a.dtype.name}"
+            )
+    if k.shape[:-1] != v.shape[:-1] or not k.shape[-2]:
+        raise ValueError(f"k and v must have the same pages of at least one row, got {k.shape} and {v.shape}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q and the cache must have the same last dimension, got q {q.shape}, k {k.shape}")
+    if len(stored.table) != len(q):
+        raise ValueError(f"the cache holds {len(stored.table)} sequences, q has {len(q)}")
+
+
+def _table(table: Any, pages: int) -> np.ndarray:
+    """A private copy of the block table, in which every page exists."""
+    given = enter("the block table", table)
+    if given.ndim != 2 or given.dtype.kind not in "iu":
+        raise TypeError(f"the block table must be integers (batch, n), got {given.dtype} {given.shape}")
+    own = np.array(given, np.int64, order="C")
+    if own.size and not (own.min() >= -1 and own.max() < pages):
+        raise ValueError(
+            f"the block table must name pages 0 to {pages - 1}, or -1 for none; got {own.min()} to {own.max()}"
+        )
+    return own
+
+
+def _check_held(x: Operands, band: Band, first: np.ndarray) -> None:
+    """A cache that forgets must not be asked for what it forgot."""
+    assert x.kv_ends is not None
+    begins = x.kv_ends - (x.q.shape[-2] if x.q_ends is None else x.q_ends)  # positions of the first queries
+    sees = begins * 0 if band.left is None else np.maximum(begins - band.left, 0)
+    if (short := np.flatnonzero(sees < first)).size:
+        n = int(short[0])
+        raise ValueError(
+            f"the cache has forgotten the keys before {first[n]} of sequence {n}, and its first query here would see "
+            f"key {sees[n]}: pass a narrower window"
+        )
+
+
 def _has(layout: Layout, x: Operands) -> Has:
     """Which optional arrays there are."""
     ends = x.q_ends is not None or x.kv_ends is not None
@@ -267,7 +347,7 @@ def _has(layout: Layout, x: Operands) -> Has:
         Has.BIAS: x.bias is not None,
         Has.ALIBI: x.alibi is not None,
         Has.SINKS: x.sinks is not None,
-        Has.LENGTHS: ends and layout is Layout.DENSE,
+        Has.LENGTHS: ends and layout is not Layout.VARLEN,
     }
     has = Has(0)
     for bit, yes in there.items():
@@ -299,14 +379,15 @@ def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"k and v must have the same heads and length, got k {k.shape} and v {v.shape}")
 
 
-def _lengths(o: Options, x: Operands) -> tuple[Layout, int]:
+def _lengths(o: Options, x: Operands, kv_len: int) -> tuple[Layout, int]:
     """Where sequences end: fills ``x.q_ends`` and ``x.kv_ends``; the layout and the number of sequences."""
-    lead, q_len, kv_len = x.lead, x.q.shape[-2], x.k.shape[-2]
+    lead, q_len = x.lead, x.q.shape[-2]
     packed = o.cu_seqlens_q is not None or o.cu_seqlens_k is not None
     if not packed:
         x.q_ends = _ends("q_lengths", o.q_lengths, lead, q_len)
         x.kv_ends = _ends("kv_lengths", o.kv_lengths, lead, kv_len)
-        return Layout.DENSE, int(np.prod(lead, dtype=object)) if lead else 1
+        layout = Layout.DENSE if x.table is None else Layout.PAGED
+        return layout, int(np.prod(lead, dtype=object)) if lead else 1
     if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
         raise TypeError("cu_seqlens_q and cu_seqlens_k come together")
     if o.q_lengths is not None or o.kv_lengths is not None:

@@ -7,7 +7,8 @@ but shorter, packed ones (`VARLEN`) one per pair of cumulative lengths. After `r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,37 @@ class Frame:
     def offset(self) -> int:
         """The position of query 0 among the keys: queries stand at the end."""
         return self.kv_len - self.q_len
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Keys and values as a cache keeps them; what its method `stored` gives.
+
+    k and v ``(B, Hkv, capacity, D or Dv)``, or with a `table` ``(B, n)`` of pages ``(pages, Hkv, page, D or Dv)``;
+    `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone.
+    """
+
+    k: Any
+    v: Any
+    lengths: Any
+    table: Any = None
+    first: Any = None
+
+
+def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
+    """The same with its pages one after another, in a copy of what the sequences use."""
+    assert x.table is not None and x.kv_ends is not None
+    page = x.k.shape[-2]
+    used = -(-int(x.kv_ends.max(initial=0)) // page)
+    table = x.table[:, :used]
+    dense = []
+    for pages in (x.k, x.v):
+        rows = pages[np.maximum(table, 0)]  # (B, used, Hkv, page, dim)
+        rows[table < 0] = 0
+        dense.append(rows.swapaxes(1, 2).reshape(len(table), p.kv_heads, used * page, -1))
+    k, v = dense
+    kv_len = used * page
+    return replace(p, layout=Layout.DENSE, kv_len=kv_len), replace(x, k=k, v=v, table=None)
 
 
 def frames(p: Problem, x: Operands) -> Iterator[Frame]:

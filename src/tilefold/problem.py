@@ -146,7 +146,9 @@ class Operands:
     `mask` is what is left of the mask after the band has moved into the `Problem`. `bias` is a broadcast view of
     shape ``(*lead, Hq, Sq, Sk)`` over `given_bias`, `alibi` and `sinks` are views of shape ``(*lead, Hq)``; none is
     ever expanded in memory. `q_ends` and
-    `kv_ends` are private copies: cumulative lengths (VARLEN) or one length per batch item (LENGTHS).
+    `kv_ends` are private copies: cumulative lengths (VARLEN) or one length per batch item (LENGTHS). PAGED, k and v are
+    ``(pages, Hkv, page, D or Dv)``, and `table` ``(B, n)`` says which page holds rows ``n * page`` and on of each item;
+    -1 is no page: nobody sees those rows.
     """
 
     q: np.ndarray
@@ -161,6 +163,7 @@ class Operands:
     sinks: np.ndarray | None = None
     q_ends: np.ndarray | None = None
     kv_ends: np.ndarray | None = None
+    table: np.ndarray | None = None
 
     @property
     def lead(self) -> tuple[int, ...]:

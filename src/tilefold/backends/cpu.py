@@ -73,8 +73,8 @@ class NativeBackend:
     def why_not(self, p: Problem) -> str | None:
         if CORE is None:
             return "the native core is not installed (`tilefold doctor` says why)"
-        if p.layout is Layout.PAGED:
-            return "the native core has no paged layout"
+        if p.layout is Layout.PAGED and p.want & Want.GRAD:
+            return "keys and values in pages have no gradients"
         if p.dropout:
             return "dropout is not offered: exact attention has no random part"
         if p.want & Want.TAPS:
@@ -99,7 +99,7 @@ class NativeBackend:
         run, whose = running(plan).run, team()
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
         arrays = _arrays(p, x, _plain(out), x.lse)
-        reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
+        reports = [run(*arrays, x.table, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):
             refuse_infinite(x.given_bias)
         if out is not x.out:

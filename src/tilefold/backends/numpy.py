@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..fold import fold, fold_shapes
+from ..layouts import gathered
 from ..plan import Plan
 from ..problem import Layout, Operands, Problem, Want
 from ..replay import Gradient, Grads, Probe, replay, replay_shapes
@@ -30,8 +31,8 @@ class NumpyBackend:
     name = "numpy"
 
     def why_not(self, p: Problem) -> str | None:
-        if p.layout is Layout.PAGED:
-            return "the NumPy backend has no paged layout"
+        if p.layout is Layout.PAGED and p.want & Want.GRAD:
+            return "keys and values in pages have no gradients"
         if p.dropout:
             return "dropout is not offered: exact attention has no random part"
         if p.want & Want.INVARIANT:
@@ -52,12 +53,14 @@ class NumpyBackend:
 
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
         refuse_infinite(x.given_bias)
+        plan, x = _unpaged(plan, x)
         space = Workspace(fold_shapes(plan))
         fold(plan, x, space, rows)
         return space.bytes
 
     def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
         refuse_infinite(x.given_bias)
+        plan, x = _unpaged(plan, x)
         taps = {probe.name: probe.start(plan.problem, x.lead) for probe in probes}
         replay(plan, x, Workspace(replay_shapes(plan, gradient=False)), list(taps.values()))
         return {name: tap.result() for name, tap in taps.items()}
@@ -68,6 +71,14 @@ class NumpyBackend:
         tap = Gradient(plan, x, space, dout, dlse)
         replay(plan, x, space, [tap])
         return tap.grads()
+
+
+def _unpaged(plan: Plan, x: Operands) -> tuple[Plan, Operands]:
+    """Pages are brought together first: NumPy has no way to fold what lies apart."""
+    if plan.problem.layout is not Layout.PAGED:
+        return plan, x
+    p, x = gathered(plan.problem, x)
+    return replace(plan, problem=p, block_k=min(plan.block_k, max(p.kv_len, 1))), x
 
 
 def _bytes(shapes: Shapes) -> int:
