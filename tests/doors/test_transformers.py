@@ -65,6 +65,15 @@ WRITERS = (*DECODERS, "gpt2", "t5")
 CLASSES = {**dict.fromkeys(("bert", "vit", "clip"), "AutoModel"), "t5": "AutoModelForSeq2SeqLM"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small take longer to share out than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @lru_cache
 def made(family, dtype="float32"):
     """A model of a family; weights large enough that attention is not nearly uniform."""
