@@ -324,6 +324,29 @@ def test_compiles_whole(family, ask):
             same(name, p.grad, eager[name], [other[name] for other in others])
 
 
+def test_compiles_steps_of_a_static_cache():
+    """Where queries stand is then a tensor, which the program may not look at."""
+    torch._dynamo.reset()
+    model, ids = implemented("llama", "tilefold"), words()
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        parts = [step(ids[:, a:b], cache=cache).logits for a, b in ((0, 30), (30, 31), (31, 32), (32, LENGTH))]
+        eager = implemented("llama", "eager")(ids).logits
+        same("llama", torch.cat(parts, dim=1), eager, [moved("llama", seed)(ids).logits for seed in (0, 1)])
+
+
+def test_other_attentions_compile_as_before():
+    """torch.compile sees twins of transformers' mask factories, which make the same masks."""
+    torch._dynamo.reset()
+    given = packed("mistral")
+    with torch.no_grad():
+        model = implemented("mistral", "sdpa")
+        plainly = given.of(model)
+        compiled = given.of(torch.compile(model, fullgraph=True, backend="aot_eager"))
+        same("mistral", compiled, plainly, [given.of(moved("mistral", seed)) for seed in (0, 1)])
+
+
 # ---- masks ---------------------------------------------------------------------------------------------------
 
 
