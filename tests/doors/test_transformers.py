@@ -331,7 +331,9 @@ def test_compiles_steps_of_a_static_cache():
     cache = transformers.StaticCache(config=model.config, max_cache_len=64)
     step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        parts = [step(ids[:, a:b], cache=cache).logits for a, b in ((0, 30), (30, 31), (31, 32), (32, LENGTH))]
+        parts = [
+            step(ids[:, a:b], cache=cache).logits for a, b in ((0, 30), (30, 31), (31, 32), (32, LENGTH))
+        ]
         eager = implemented("llama", "eager")(ids).logits
         same("llama", torch.cat(parts, dim=1), eager, [moved("llama", seed)(ids).logits for seed in (0, 1)])
 
