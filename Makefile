@@ -93,7 +93,7 @@ lint: $(call installed,dev) ## Check style and types of the Python and C++ sourc
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m mypy
-	.venv/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.inl,$(native))
+	.venv/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.inl,$(native) $(wildcard tests/faults/*.cpp))
 
 bench: $(call installed,cli) ## Measure this machine.
 	.venv/bin/tilefold bench

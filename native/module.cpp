@@ -338,16 +338,19 @@ class Fold {
 class Tensors {
    public:
     // `kind` is the tensor type, `parameter` another that adds nothing to it; empty_strided(shape, strides,
-    // dtype=) makes a tensor.
-    Tensors(nb::handle kind, nb::handle parameter, nb::object empty_strided)
-        : kind_(kind.ptr()), parameter_(parameter.ptr()), empty_strided_(std::move(empty_strided)) {
+    // dtype=, device=) makes a tensor, and `device` is the CPU.
+    Tensors(nb::handle kind, nb::handle parameter, nb::object empty_strided, nb::object device)
+        : kind_(kind.ptr()),
+          parameter_(parameter.ptr()),
+          empty_strided_(std::move(empty_strided)),
+          device_(std::move(device)) {
         nb::object capsule = nb::getattr(kind, tilefold::dlpack::ExchangeApi::ATTRIBUTE);
         api_ = static_cast<const tilefold::dlpack::ExchangeApi*>(
             PyCapsule_GetPointer(capsule.ptr(), tilefold::dlpack::ExchangeApi::CAPSULE));
         if (!api_) throw nb::python_error();
         if (api_->version.major != tilefold::dlpack::ExchangeApi::MAJOR)
             throw std::invalid_argument("the tensors speak another version of DLPack's exchange API");
-        dtype_argument_ = nb::make_tuple("dtype");
+        names_ = nb::make_tuple("dtype", "device");
     }
 
     // Each gives the results of a call that is known, or None.
@@ -480,9 +483,8 @@ class Tensors {
     void allocate(const Known& known, nb::object* results, Array* made) const {
         for (size_t n = 0; n < known.results.size(); ++n) {
             const nb::tuple& result = known.results[n];
-            PyObject* arguments[] = {result[0].ptr(), result[1].ptr(), result[2].ptr()};
-            results[n] =
-                nb::steal(PyObject_Vectorcall(empty_strided_.ptr(), arguments, 2, dtype_argument_.ptr()));
+            PyObject* arguments[] = {result[0].ptr(), result[1].ptr(), result[2].ptr(), device_.ptr()};
+            results[n] = nb::steal(PyObject_Vectorcall(empty_strided_.ptr(), arguments, 2, names_.ptr()));
             if (!results[n].is_valid()) throw nb::python_error();
             tilefold::dlpack::Tensor t;
             if (!look(results[n].ptr(), t) || !describe(t, t.shape, made[n]))
@@ -492,15 +494,27 @@ class Tensors {
     }
 
     const PyObject *kind_, *parameter_;
-    nb::object empty_strided_, dtype_argument_;
+    nb::object empty_strided_, device_, names_;
     const tilefold::dlpack::ExchangeApi* api_;
     std::unordered_map<std::string, std::shared_ptr<const Known>, Hash, std::equal_to<>> known_;
     nb::ft_mutex mutex_;
 };
 
+// nanobind shares the types of one domain among modules. Each copy of this one that a process loads is a
+// domain of its own, or a second copy would be handed the first one's types.
+const char* own_domain() {
+    static const std::string name = "tilefold " + std::to_string(reinterpret_cast<uintptr_t>(&own_domain));
+    return name.c_str();
+}
+#undef NB_DOMAIN_STR
+#define NB_DOMAIN_STR own_domain()
+
 }  // namespace
 
 NB_MODULE(_core, m) {
+    // nanobind lets go of arrays under the main interpreter's lock: in another one a call would never return.
+    if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0)
+        throw std::runtime_error("it runs in the main interpreter only, and this is a subinterpreter");
     m.doc() = "The native core of tilefold.";
     nb::set_leak_warnings(false);  // a daemon thread in a call keeps its plan to the end of the process
     m.def("version", &version, "The version of tilefold that this core was built for.");
@@ -555,7 +569,8 @@ NB_MODULE(_core, m) {
             "run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
             "The same for a whole call without optional arrays; the bytes, or -1 if an array is misaligned.");
     nb::class_<Tensors>(m, "Tensors", "Calls on a framework's tensors that were understood once.")
-        .def(nb::init<nb::handle, nb::handle, nb::object>(), "kind"_a, "parameter"_a, "empty_strided"_a)
+        .def(nb::init<nb::handle, nb::handle, nb::object, nb::object>(), "kind"_a, "parameter"_a,
+             "empty_strided"_a, "device"_a)
         .def("fold", &Tensors::fold, "q"_a, "k"_a, "v"_a, "facts"_a, "scale"_a.none(), "softcap"_a.none(),
              "team"_a, "The result of a call that is known, (out, lse) if it has two; else None.")
         .def("gradient", &Tensors::gradient, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "facts"_a,

@@ -350,30 +350,62 @@ struct Replay {
         }
     }
 
+    // What belongs to one element is first added up within the block: where terms are alike, one chain
+    // through all cells of a call errs by a share of as many roundings as it has terms.
     void add_bias(int64_t j0, int64_t n) const {
         E* const base = static_cast<E*>(to.dbias) + j0 * g.dbias.col;
         for (int i = 0; i < NR; i++) {
-            Row row(lanes.r0 + least(i * W, lanes.rows - 1), c.group);
-            int64_t at[W];
-            for (int r = 0; r < W; r++) {
-                at[r] = row.at(g.dbias);
-                if (i * W + r + 1 < lanes.rows) row.next();
-            }
             const int64_t count = within(lanes.rows - i * W, 0, W);
-            for (int64_t j = 0; j < n; j += W) {
-                if (g.dbias.col == 1 && j + W <= n) {
-                    Vec<E> x[W];
-                    each<W>([&](auto k) TILEFOLD_LAMBDA { x[k] = load(ds + (j + k) * N + i * W); });
-                    transpose<E>(x);
-                    for (int64_t r = 0; r < count; r++)
-                        store(base + at[r] + j, load(base + at[r] + j) + x[r]);
-                } else {
-                    for (int64_t k = j; k < least(j + W, n); k++)
-                        for (int64_t r = 0; r < count; r++)
-                            base[at[r] + k * g.dbias.col] += ds[k * N + i * W + r];
+            int64_t at[W], first[W];
+            place_bias(i, count, at, first);
+            if (g.dbias.col == 0) {
+                Vec<E> sum{};
+                for (int64_t j = 0; j < n; j += 8) {
+                    Vec<E> few{};
+                    for (int64_t k = j; k < least(j + 8, n); k++) few += load(ds + k * N + i * W);
+                    sum += few;
                 }
+                E x[W];
+                store(x, sum);
+                for (int64_t r = 0; r < count; r++)
+                    if (first[r] != r) x[first[r]] += x[r];
+                for (int64_t r = 0; r < count; r++)
+                    if (first[r] == r) base[at[r]] += x[r];
+                continue;
+            }
+            for (int64_t j = 0; j < n; j += W) {
+                Vec<E> x[W];
+                each<W>([&](auto k) TILEFOLD_LAMBDA {
+                    x[k] = j + k < n ? load(ds + (j + k) * N + i * W) : Vec<E>{};
+                });
+                transpose<E>(x);
+                for (int64_t r = 0; r < count; r++)
+                    if (first[r] != r) x[first[r]] += x[r];
+                for (int64_t r = 0; r < count; r++)
+                    if (first[r] == r) add_to_bias(base + at[r] + j * g.dbias.col, x[r], least(W, n - j));
             }
         }
+    }
+
+    // Where the rows of vector i lie in dbias, and the first of them that lies where each does.
+    void place_bias(int i, int64_t count, int64_t* at, int64_t* first) const {
+        Row row(lanes.r0 + least(i * W, lanes.rows - 1), c.group);
+        const bool shared = !g.dbias.row || (!g.dbias.head && c.group > 1);
+        for (int64_t r = 0; r < count; r++, row.next()) {
+            at[r] = row.at(g.dbias);
+            first[r] = shared ? 0 : r;
+            while (at[first[r]] != at[r]) first[r]++;
+        }
+    }
+
+    void add_to_bias(E* to_row, Vec<E> x, int64_t n) const {
+        if (n == W && g.dbias.col == 1) {
+            store(to_row, load(to_row) + x);
+            return;
+        }
+        E terms[W];
+        store(terms, x);
+        for (int64_t k = 0; k < n; k++) to_row[k * g.dbias.col] += terms[k];
     }
 
     // Rows of a product, added to those of `sum`.

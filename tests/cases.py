@@ -125,6 +125,13 @@ bfloat16 h2 q90 k200 d16 window=20,0 nan
 bfloat16 h4/1 q2 k1300 d16 window=21,0 nan
 bfloat16 h2 q60 k700 d16 logits=peaked
 bfloat16 h2 q60 k2000 d16 logits=falling
+float32 h1 q2 k1030 d4 v4 scale=0 sinks
+float16 h1 q2 k1030 d0 v0 scale=0 sinks
+float16 h2 q1 k1 d0 v0 sinks seed=51
+float16 h1 q1 k1030 d0 v0 scale=0 softcap=0.5 bias=bhq1
+float16 h1 q2 k1030 d0 v0 scale=0 softcap=0.5 bias=bhq1
+float32 h2 q300 k700 d4 scale=0 bias=1111
+float32 h4/2 q130 k300 d4 scale=0 bias=1h11
 """.strip().splitlines()
 
 FORWARD = """

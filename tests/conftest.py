@@ -16,15 +16,19 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fresh array is full of NaN (or of ones, where it holds booleans or integers)."""
+    poison(monkeypatch)
+
+
+def poison(patch: pytest.MonkeyPatch) -> None:
+    """From now on every fresh array is full of NaN (or of ones, where it holds booleans or integers)."""
     empty = np.empty
 
-    def poison(*args: object, **kwargs: object) -> np.ndarray:
+    def full(*args: object, **kwargs: object) -> np.ndarray:
         x = empty(*args, **kwargs)
         x[...] = np.nan if x.dtype.kind not in "biu" else 1
         return x
 
-    monkeypatch.setattr(np, "empty", poison)
+    patch.setattr(np, "empty", full)
 
 
 @pytest.fixture(params=["auto", "numpy"])

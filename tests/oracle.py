@@ -1,6 +1,6 @@
 """What a case string should give forward, computed once however many backends and machines are held against it."""
 
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from budgets import Error, judge, reference_type, rounds_weights
@@ -12,7 +12,7 @@ from tilefold.naive import naive
 Results = tuple[np.ndarray, np.ndarray]
 
 
-@cache
+@lru_cache(maxsize=256)  # the zoo fits
 def expected(text: str) -> tuple[Results, Results, Results, Results | tuple[None, None]]:
     """(out, lse) in a type wider than the accumulator; then the honest evaluations that set the budget, the last with
     weights rounded where kernels may."""

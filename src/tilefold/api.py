@@ -74,7 +74,8 @@ def attention(
         window: ``(left, right)`` other keys on each side of a query's own position, None = unlimited.
         scale: factor of the scores, ``1 / sqrt(D)`` by default; any finite number.
         softcap: ``cap * tanh(score / cap)``, > 0, after the scale.
-        bias: added to the scores, broadcastable to ``(..., Hq, Sq, Sk)`` and never expanded; -inf hides.
+        bias: added to the scores, broadcastable to ``(..., Hq, Sq, Sk)`` and never expanded; -inf hides, and so does a
+            number that is -inf in the type of the scores (-1e300 in float64 beside float32 inputs).
         alibi: slopes ``(Hq,)`` or ``(..., Hq)``: ``-slope * |i + Sk - Sq - j|`` is added (Press et al. 2021, arXiv
             2108.12409).
         sinks: learned logits ``(Hq,)``: one extra key per head without a value, neither scaled nor capped.

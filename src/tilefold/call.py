@@ -65,7 +65,7 @@ class Call:
             x.out = empty_like(x.q, shape, q_type)
         else:
             x.out = self._check_out(out, shape)
-            refuse_infinite(x.given_bias)  # the caller's array is not written in vain
+            refuse_infinite(x.given_bias, p.accumulate)  # the caller's array is not written in vain
         if p.want & Want.LSE:
             x.lse = np.empty(x.q.shape[:-1], p.accumulate)
 

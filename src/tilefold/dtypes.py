@@ -13,21 +13,23 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A storage type: `roundoff` is the largest relative error of one rounding."""
+    """A storage type: `roundoff` is the largest relative error of one rounding, `least` its largest absolute error near
+    0, where steps do not shrink any further (float16), or where smaller numbers count as 0 (the others)."""
 
     name: str
     itemsize: int
     accumulate: str
     roundoff: float
+    least: float
 
 
 ROWS = {
     row.name: row
     for row in (
-        DType("float16", 2, "float32", 2.0**-11),
-        DType("bfloat16", 2, "float32", 2.0**-8),
-        DType("float32", 4, "float32", 2.0**-24),
-        DType("float64", 8, "float64", 2.0**-53),
+        DType("float16", 2, "float32", 2.0**-11, 2.0**-25),
+        DType("bfloat16", 2, "float32", 2.0**-8, 2.0**-126),
+        DType("float32", 4, "float32", 2.0**-24, 2.0**-126),
+        DType("float64", 8, "float64", 2.0**-53, 2.0**-1022),
     )
 }
 

@@ -106,7 +106,7 @@ def naive_grad(
             else np.where(np.isneginf(h.lse), 0, dlse[h.where].astype(acc))
         )
         with np.errstate(all="ignore"):
-            dp = do @ vs.T
+            dp, lse = do @ vs.T, h.lse
             if saved is None:
                 delta = np.where(h.seen, h.weights * dp, 0).sum(axis=1) - dl
             else:
@@ -118,7 +118,7 @@ def naive_grad(
                 dbias[h.bias_where] += ds
             if dsinks is not None and x.sinks is not None:
                 sink = x.sinks[(*h.where[:-1],)].astype(acc)
-                dsinks[h.head] += np.where(np.isneginf(h.lse), 0, -np.exp(sink - h.lse) * delta).sum()
+                dsinks[h.head] += np.where(np.isneginf(h.lse), 0, -np.exp(sink - lse) * delta).sum()
             if p.softcap is not None:
                 ds = np.where(h.seen, ds * (1 - (h.capped / p.softcap) ** 2), 0)
             ds = ds * p.scale
@@ -156,9 +156,9 @@ def _heads(call: Any, acc: np.dtype) -> Iterator[_Head]:
                     slope = x.alibi[(*f.index, head)].astype(acc)
                     s = s - slope * np.abs(at - np.arange(f.kv_len)).astype(acc)
                 if x.bias is not None:
-                    bias = x.bias[(*f.index, head, rows, keys)].astype(acc)
-                    seen = seen & ~np.isneginf(bias)
-                    s = s + bias
+                    bias = x.bias[(*f.index, head, rows, keys)]
+                    seen = seen & ~np.isneginf(bias.astype(p.accumulate))
+                    s = s + bias.astype(acc)
                 s = np.where(seen, s, acc.type(-np.inf))
                 weights, lse = _softmax(
                     s, None if x.sinks is None else x.sinks[(*f.index, head)].astype(acc), seen

@@ -282,7 +282,11 @@ class Gradient(Tap):
             where[3] = slice(f.k0 + tile.k0, f.k0 + tile.k1)
         target = into[tuple(where)]
         over = tuple(axis for axis in range(4) if target.shape[axis] == 1 and part.shape[axis] > 1)
-        target += part.sum(axis=over, keepdims=True)
+        if 3 in over:  # NumPy's sums are pairwise along what is contiguous, else one chain
+            part = np.ascontiguousarray(part)
+        for axis in reversed(over):
+            part = part.sum(axis=axis, keepdims=True)
+        target += part
 
     def grads(self) -> Grads:
         """What was gathered, each in the shape and type of what it belongs to."""

@@ -67,10 +67,17 @@ def _scale_is_exact(p: Problem) -> bool:
     return abs(frexp(p.scale)[0]) == 0.5
 
 
-def refuse_infinite(bias: np.ndarray | None) -> None:
-    """ValueError for a bias of +inf. A whole pass over the largest operand: ask where it is cheap, or late."""
-    if bias is not None and np.isposinf(bias.max(initial=-np.inf)):
+def refuse_infinite(bias: np.ndarray | None, sums: np.dtype) -> None:
+    """ValueError for a bias that is +inf in the type `sums`. A whole pass over the largest operand: ask where it is
+    cheap, or late."""
+    if bias is None:
+        return
+    most = bias.max(initial=-np.inf)
+    if np.isposinf(most):
         raise ValueError("bias must not be +inf; -inf hides a key, a finite value shifts its score")
+    with np.errstate(over="ignore"):
+        if np.isposinf(most.astype(sums)):
+            raise ValueError(f"bias must be finite in {sums}, where scores are summed; got {most}")
 
 
 @dataclass(slots=True)
@@ -178,7 +185,7 @@ class Scores:
         by_head = raw.reshape(block.heads, tile.k1 - tile.k0, *block.shape[1:])
         np.add(by_head, bias, out=by_head, casting="unsafe")
         stored = bias[tuple(slice(0, 1) if step == 0 else slice(None) for step in bias.strides)]
-        hidden = stored == -np.inf
+        hidden = stored.astype(self.p.accumulate, copy=False) == -np.inf  # or so low that it becomes that
         if not hidden.any():
             return seen
         visible = np.broadcast_to(~hidden, by_head.shape).reshape(raw.shape).swapaxes(1, 2)

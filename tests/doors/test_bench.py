@@ -16,7 +16,7 @@ import pytest
 
 from tilefold.backends.cpu import CORE
 from tilefold.bench import apart, peaks, quiet, readme, report, sets, threads, timing
-from tilefold.bench.peers import FLASH, NAIVE, PEERS, chosen
+from tilefold.bench.peers import FLASH, NAIVE, NAMED, chosen
 from tilefold.bench.peers.row import heads_as_rows
 from tilefold.bench.scenarios import Scenario, parse_all
 from tilefold.naive import naive
@@ -178,15 +178,29 @@ def test_every_row_of_a_set_can_be_measured(name):
     for scenario in scenarios:
         assert scenario.gflop > 0
         assert scenario.is_decode == (name == "decode") or name in ("default", "all")
-        for peer in PEERS:
+        for peer in NAMED:
             why = peer.why_not(scenario)
             assert why is None or why.strip() == why != ""
     assert {s.dtype for s in parse_all(None, "float16", name)} == {"float16"}
 
 
+def test_the_drop_in_takes_part_where_it_is_named():
+    assert "drop-in" not in [peer.name for peer in chosen(None)]
+    assert [peer.name for peer in chosen("drop-in,torch")] == ["torch", "drop-in"]
+    assert [peer.name for peer in chosen(sets.SETS["torch"].peers)] == ["tilefold", "torch", "drop-in"]
+
+
+def test_the_drop_in_is_right():
+    """In its own process, on tensors: outputs and gradients within the budget of arrays."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    run = run_of("h4/2,n40,d8,causal h4,q3,k40,d8,bias=1hqk bfloat16,h2,n40,d8,grad", chosen("drop-in"))
+    assert [m.refusal for m in run.measured] == [""] * 3
+    assert all(m.ok for m in run.measured)
+
+
 def test_a_set_or_peer_that_is_not_there_is_named():
     with pytest.raises(
-        ValueError, match="--set must be default, forward, grad, decode, small or all, got 'large'"
+        ValueError, match="--set must be default, forward, grad, decode, small, torch or all, got 'large'"
     ):
         parse_all(None, None, "large")
     with pytest.raises(ValueError, match=r"--peers must be some of naive, tilefold, .*; got 'abacus'"):

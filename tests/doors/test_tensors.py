@@ -441,6 +441,16 @@ def test_slopes_have_no_gradient():
         tf.attention(q, k, v, alibi=torch.ones(4, requires_grad=True))
 
 
+def test_the_default_device_is_not_asked():
+    q, k, v = qkv(2, grad=True)
+    expected = tf.attention(q, k, v)
+    with torch.device("meta"):
+        for _ in range(2):
+            out = tf.attention(q, k, v)
+            assert torch.equal(out, expected)
+            assert torch.autograd.grad(out, q, expected)[0].device.type == "cpu"
+
+
 def test_inference_mode():
     q, k, v = qkv(2, grad=True)
     with torch.inference_mode():
@@ -501,7 +511,7 @@ def fresh(monkeypatch):
     """Nothing is known yet."""
     if calls._known is None:
         pytest.skip("no native core")
-    known = type(calls._known)(torch.Tensor, torch.nn.Parameter, torch.empty_strided)
+    known = type(calls._known)(*calls.MADE_OF)
     monkeypatch.setattr(calls, "_known", known)
     return known
 

@@ -264,6 +264,11 @@ BAD = {
         ValueError,
         r"bias must not be \+inf; -inf hides",
     ),
+    "bias: beyond the sums": (
+        {"bias": np.array([0, 1e300, 0, 0, 0, 0, 0])},
+        ValueError,
+        "bias must be finite in float32, where scores are summed; got 1e\\+300",
+    ),
     "bias: shape": (
         {"bias": np.zeros((5, 6))},
         ValueError,

@@ -1,6 +1,6 @@
 """Where memory is short there is a MemoryError that says how many bytes were wanted, and the next call is right.
 
-Refusal of each single allocation within the native core is tested there (native/selftest).
+Refusal of each single allocation within the native core is the business of test_refusals.py.
 """
 
 import re

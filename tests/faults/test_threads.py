@@ -96,6 +96,32 @@ print(len(right), all(right))
     assert said == "100 True\n"
 
 
+@pytest.mark.parametrize("team", [TORCHS])
+def test_from_within_a_team_of_openmps(team):
+    """Each of torch's workers calls, with nobody left to help it."""
+    said = python(
+        """
+import ctypes
+big = np.random.default_rng(2).standard_normal((3, 4, 700, 64)).astype(np.float32)
+expected = tf.attention(*big)
+torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+from tilefold import _core
+openmp = ctypes.CDLL(_core.openmp_path())
+inside, right = [], []
+def region(_):
+    inside.append((openmp.omp_in_parallel(), openmp.omp_get_thread_num()))
+    for n in range(3):
+        right.append(np.array_equal(tf.attention(*big), expected))
+region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(region)
+for n in range(3):
+    openmp.GOMP_parallel(region, None, 2, 0)
+print(sorted(inside) == [(1, 0)] * 3 + [(1, 1)] * 3, len(right), all(right))
+        """,
+        **team,
+    )
+    assert said == "True 18 True\n"
+
+
 def test_sixteen_gradients_at_once():
     rng = np.random.default_rng(1)
     jobs, results = [], []

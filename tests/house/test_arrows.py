@@ -6,6 +6,7 @@ never runs. A file that has no place in ORDER fails: it must be given one.
 
 import ast
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ def arrows(source: str, path: str) -> list[tuple[str, bool]]:
             "importlib.import_module",
             "import_module",
         ):
-            found.append((ast.unparse(node.args[0]).strip("'\""), inside))
+            name = ast.unparse(node.args[0]).strip("'\"")
+            found.append((resolve_name(name, ".".join(package)), inside))
         inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
@@ -182,6 +184,7 @@ def test_exceptions_are_still_needed():
         ("problem.py", "from tilefold.masks import Mask", "problem.py imports masks, which stands above it"),
         ("fold.py", "import tilefold", "fold.py imports the whole package"),
         ("fold.py", "from . import _core", "imports the native core"),
+        ("fold.py", "import_module('._core', __package__)", "imports the native core"),
         ("helpers.py", "", "helpers.py has no place in ORDER"),
     ],
 )
@@ -200,6 +203,7 @@ def test_the_checker_can_fail(path, source, says):
         ("replay.py", "import numpy as np\nfrom .fold import seeds"),
         ("bench/case.py", "from ..naive import naive"),
         ("backends/cpu.py", "def load():\n    from .. import _core"),
+        ("backends/cpu.py", "def load():\n    import_module('.._core', __package__)"),
     ],
 )
 def test_the_checker_can_pass(path, source):

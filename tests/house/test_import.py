@@ -52,6 +52,15 @@ def test_what_is_needed_seldom_is_not_loaded_at_import():
     assert not {"tilefold.naive", "tilefold.bench", "tilefold.cli"} & set(loaded)
 
 
+def test_torchs_drop_in_takes_nothing_along_that_torch_did_not():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    loaded = fresh(
+        "import sys, torch; before = set(sys.modules); "
+        "import tilefold.drop_in.sdpa; print(*(set(sys.modules) - before))"
+    )
+    assert {name.partition(".")[0] for name in loaded.split()} == {"tilefold"}
+
+
 def test_import_takes_no_time_to_speak_of():
     """The least of a few measurements: whatever else the machine does only ever adds."""
     code = (

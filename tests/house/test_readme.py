@@ -1,4 +1,4 @@
-"""What the texts show is true: README's Python runs as it stands, top to bottom, and so do docstrings' examples."""
+"""What the texts show is true: the Python of README and docs runs as it stands, and so do docstrings' examples."""
 
 import doctest
 import importlib
@@ -52,6 +52,17 @@ def test_readme_runs(tmp_path, monkeypatch):
         if missing.name not in OPTIONAL:
             raise
         pytest.skip(f"README shows {missing.name}, which is not installed")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        execute(page.read_text(), str(page))
+    except ModuleNotFoundError as missing:
+        if missing.name not in OPTIONAL:
+            raise
+        pytest.skip(f"{page.name} shows {missing.name}, which is not installed")
 
 
 def test_blocks_are_found_and_can_fail():

@@ -42,7 +42,7 @@ class NativeCoreMissing(RuntimeWarning):
 def load() -> tuple[ModuleType | None, str]:
     """The extension module and '', or None and why not."""
     try:
-        return import_module("tilefold._core"), ""
+        return import_module(".._core", __package__), ""
     except ImportError as error:
         if os.environ.get("TILEFOLD_BACKEND") == "native":
             raise ImportError(
@@ -101,7 +101,7 @@ class NativeBackend:
         arrays = _arrays(p, x, _plain(out), x.lse)
         reports = [run(*arrays, x.table, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):
-            refuse_infinite(x.given_bias)
+            refuse_infinite(x.given_bias, p.accumulate)
         if out is not x.out:
             x.out[...] = out
         return max((used for used, _ in reports), default=0)

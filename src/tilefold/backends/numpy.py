@@ -52,21 +52,21 @@ class NumpyBackend:
         return replace(plan, workspace_bytes=_bytes(fold_shapes(plan)))
 
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
-        refuse_infinite(x.given_bias)
+        refuse_infinite(x.given_bias, plan.problem.accumulate)
         plan, x = _unpaged(plan, x)
         space = Workspace(fold_shapes(plan))
         fold(plan, x, space, rows)
         return space.bytes
 
     def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
-        refuse_infinite(x.given_bias)
+        refuse_infinite(x.given_bias, plan.problem.accumulate)
         plan, x = _unpaged(plan, x)
         taps = {probe.name: probe.start(plan.problem, x.lead) for probe in probes}
         replay(plan, x, Workspace(replay_shapes(plan, gradient=False)), list(taps.values()))
         return {name: tap.result() for name, tap in taps.items()}
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
-        refuse_infinite(x.given_bias)
+        refuse_infinite(x.given_bias, plan.problem.accumulate)
         space = Workspace(replay_shapes(plan, gradient=True))
         tap = Gradient(plan, x, space, dout, dlse)
         replay(plan, x, space, [tap])

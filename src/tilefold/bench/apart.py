@@ -79,7 +79,7 @@ class Process:
             self.peer.apart,
             str(self.count),
         ]
-        self.child = subprocess.Popen(
+        child = subprocess.Popen(
             command,
             env=threads.environment(self.count),
             stdin=subprocess.PIPE,
@@ -88,9 +88,10 @@ class Process:
             text=True,
             start_new_session=True,  # Ctrl-C is for the one who asks
         )
-        self.reader = Thread(target=_read, args=(self.child.stdout, self.lines), daemon=True)
+        self.reader = Thread(target=_read, args=(child.stdout, self.lines), daemon=True)
         self.reader.start()
-        return self.child
+        self.child = child  # from now on there is a reader to be joined; an interrupt may come at any moment
+        return child
 
     def _last_words(self) -> str:
         """Why the process ended, as well as can be told."""

@@ -3,7 +3,8 @@
 The reference is `naive` in a wider type than the problem's accumulator. How far an honest implementation may be off is
 measured twice on the very same inputs: by the plain method in the accumulate type, and by the reference itself after
 every input was moved by one rounding, which shows how well-conditioned the question is (on few rows BLAS is exact by
-luck, and a sum that cancels is not). The budget is `FACTOR` times the larger, plus one rounding to the result's type.
+luck, and a sum that cancels is not). The budget is `FACTOR` times the larger, plus one rounding to the result's type,
+or to the accumulate type where that is the coarser one: a gradient of float64 sinks has been through float32.
 """
 
 from __future__ import annotations
@@ -68,8 +69,13 @@ def judge(
         own = max(
             own, ROUNDED * float(np.nanmax(np.abs(rounded.astype(wide) - reference)[finite], initial=0))
         )
-    rounding = ROWS[dtype].roundoff * np.abs(reference[finite]).max()
+    rounding = max(ROWS[dtype].roundoff * np.abs(reference[finite]).max(), ROWS[dtype].least)
     return Error(name, float(error), float(own + rounding), same)
+
+
+def coarser(*dtypes: str) -> str:
+    """The type that rounds most."""
+    return max(dtypes, key=lambda name: ROWS[name].roundoff)
 
 
 def rounds_weights(dtype: str) -> str | None:

@@ -17,7 +17,7 @@ from ..api import attention, attention_grad
 from ..call import Options, understand
 from ..dtypes import ROWS
 from ..naive import naive, naive_grad, naive_weights
-from .budgets import Error, judge, nudged, reference_type, rounds_weights
+from .budgets import Error, coarser, judge, nudged, reference_type, rounds_weights
 
 WORDS = """\
 float32 | float64 | float16 | bfloat16       type of q, k, v
@@ -239,7 +239,7 @@ class Case:
         moved_g = naive_grad(b.q, b.k, b.v, b.dout, b.dlse, **b.options, dtype=wide)
         for name, g, r, p, m in zip(got._fields, got, right_g, plain_g, moved_g, strict=True):
             if g is not None and r is not None and p is not None and m is not None:
-                report.errors.append(judge(name, g, (p, m), r, g.dtype.name))
+                report.errors.append(judge(name, g, (p, m), r, coarser(g.dtype.name, acc)))
         return report
 
     def describe(self) -> str:

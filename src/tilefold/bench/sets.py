@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """Shapes, each measured in each type. Where there is but one type, its rows do not name it."""
+    """Shapes, each measured in each type. Where there is but one type, its rows do not name it.
+
+    `peers` are those that the set is about, if not all.
+    """
 
     dtypes: tuple[str, ...]
     shapes: tuple[str, ...]
+    peers: str | None = None
 
 
 DEFAULT = (
@@ -51,6 +55,12 @@ GRAD = (
 
 SMALL = tuple(f"h8,n{n},d64{mask}" for n in (16, 32, 64, 128, 256) for mask in ("", ",causal"))
 
+TORCH = tuple(
+    f"h{heads},n{n},d64{words}"
+    for n, heads in ((64, 8), (1024, 4), (2048, 4))
+    for words in ("", ",causal", ",grad", ",causal,grad")
+)
+
 SETS = {
     "default": Set(("float32",), DEFAULT),
     "forward": Set(("float32", "bfloat16", "float16", "float64"), FORWARD),
@@ -60,6 +70,7 @@ SETS = {
         tuple(f"h32/8,q1,k{keys},d128" for keys in (4096, 8192, 16384, 32768)),
     ),
     "small": Set(("float32", "bfloat16"), SMALL),
+    "torch": Set(("float32", "bfloat16"), TORCH, peers="tilefold,torch,drop-in"),
 }
 ALL = ("forward", "grad", "decode", "small")  # what `all` stands for
 

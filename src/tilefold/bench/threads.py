@@ -7,6 +7,8 @@ thread pool respects, those without a setting too.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -72,4 +74,22 @@ def _blas(count: int, usable: int) -> Any:
                 "--threads needs threadpoolctl, or NumPy's BLAS would use more: pip install threadpoolctl"
             ) from None
         return nullcontext()
-    return threadpool_limits(count, user_api="blas")
+    with _interrupts_wait():
+        return threadpool_limits(count, user_api="blas")
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect afterwards: libraries are looked for in a callback of C's, where an exception is lost."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        signal.raise_signal(signal.SIGINT)

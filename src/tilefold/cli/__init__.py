@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
+        # Python ends by the signal itself if that fell into an exec(), of a dataclass say; a later one makes it forget.
+        exec("")
         code = _say("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

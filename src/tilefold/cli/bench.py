@@ -11,15 +11,16 @@ from typing import Annotated
 import typer
 
 from ..bench.machine import cores
-from ..bench.peers import PEERS, Peer, chosen
+from ..bench.peers import NAMED, Peer, chosen
 from ..bench.picture import check_picture, plot
 from ..bench.report import as_json, notes, table
 from ..bench.scenarios import Scenario, parse_all
+from ..bench.sets import SETS
 from ..bench.timing import measure, steps
 from .console import progress, show, show_table
 
 EXAMPLE = '"h8,n2048,d64 h32/8,q1,k4096,d128,causal"'
-NAMES = ", ".join(peer.name for peer in PEERS)
+NAMES = ", ".join(peer.name for peer in NAMED)
 
 
 def bench(
@@ -29,7 +30,10 @@ def bench(
     ] = None,
     chosen_set: Annotated[
         str,
-        typer.Option("--set", help="default (about a minute), forward, grad, decode, small, or all four."),
+        typer.Option(
+            "--set",
+            help="default (about a minute), forward, grad, decode, small, or all four; torch: tensors, beside torch.",
+        ),
     ] = "default",
     dtype: Annotated[
         str | None,
@@ -52,7 +56,9 @@ def bench(
     Everyone takes part in every round. Each row shows its error against float64 beside its speed, and a wrong
     result gets no speed-up.
     """
-    scenarios, asked = parse_all(shapes, dtype, chosen_set), chosen(peers)
+    scenarios = parse_all(shapes, dtype, chosen_set)
+    about = SETS[chosen_set].peers if shapes is None and chosen_set in SETS else None
+    asked = chosen(peers if peers is not None else about)
     if plot_file is not None:
         check_picture(plot_file)
     for file in (json_file, plot_file):

@@ -23,7 +23,8 @@ from .tensors import leave
 
 CAUSAL, LSE, GRAD, THREADS = 1, 2, 4, 8  # of the facts that a known call has beside its tensors and scales
 
-_known: Any = None if CORE is None else CORE.Tensors(Tensor, torch.nn.Parameter, torch.empty_strided)
+MADE_OF = Tensor, torch.nn.Parameter, torch.empty_strided, torch.device("cpu")
+_known: Any = None if CORE is None else CORE.Tensors(*MADE_OF)
 _threads: Any = None if CORE is None else CORE.threads
 
 

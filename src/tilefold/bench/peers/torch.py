@@ -28,17 +28,23 @@ def refuses(scenario: Scenario) -> str | None:
 
 
 def _build(scenario: Scenario, inputs: Inputs) -> Callable[[], Any]:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return called(scaled_dot_product_attention, scenario, inputs, rows=True)
+
+
+def called(sdpa: Any, scenario: Scenario, inputs: Inputs, *, rows: bool) -> Callable[[], Any]:
+    """A function of that signature, on tensors; `rows`: shared key heads in the form that is fastest for torch."""
     import torch
 
     torch.set_num_threads(given())
     q, k, v, *bias = (four(x) for x in inputs)
     shape = (*q.shape[:-1], v.shape[-1])
     grouped = scenario.case.heads != scenario.case.kv_heads
-    if grouped and scenario.sees_all and not bias:
+    if rows and grouped and scenario.sees_all and not bias:
         q, grouped = heads_as_rows(scenario, q), False
     x, y, z, *added = (tensor(a) for a in (q, k, v, *bias))
     attn_mask, causal = (added[0] if added else None), scenario.is_causal and not scenario.sees_all
-    sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def call() -> Any:
         return sdpa(x, y, z, attn_mask, is_causal=causal, enable_gqa=grouped).reshape(shape)
