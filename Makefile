@@ -21,6 +21,10 @@ built = $(call configured,$(1),-DTILEFOLD_MODULE=OFF $(2)) && .venv/bin/cmake --
 core = build/selftest$(SANITIZE)
 build_core = $(call built,$(core),-DTILEFOLD_SANITIZE=$(SANITIZE),$(1))
 
+# libFuzzer, which is Clang's, steers bytes towards code that none has reached yet, and keeps those that do in build/corpus.
+has_libfuzzer := echo 'extern "C" int LLVMFuzzerTestOneInput() { return 0; }' | \
+    clang++ -x c++ -fsanitize=fuzzer - -o /dev/null 2>/dev/null
+
 # The self-test's operator new is its own. Valgrind shows no AVX-512, so AVX2 and scalar are what it watches.
 memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --soname-synonyms=somalloc=nouserintercepts \
     --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite
@@ -64,8 +68,12 @@ sanitize-python: $(call installed,test) ## Run TESTS on a core under sanitizers,
 	    build/sanitized/bin/python -m pytest -p no:cacheprovider --capture=sys $(TESTS)
 
 fuzz: .venv/installed/tools ## Fold what random bytes describe, for SECONDS; SANITIZE=address,undefined under sanitizers.
-	$(call build_core,--target fuzz)
-	$(core)/fuzz $(SECONDS)
+	@if [ -z "$(SANITIZE)" ] && $(has_libfuzzer); then \
+	    $(call built,build/libfuzzer,-DTILEFOLD_LIBFUZZER=ON -DCMAKE_CXX_COMPILER=clang++,--target fuzz) && \
+	    mkdir -p build/corpus && build/libfuzzer/fuzz -max_total_time=$(SECONDS) -timeout=60 -max_len=300 build/corpus; \
+	else \
+	    $(call build_core,--target fuzz) && $(core)/fuzz $(SECONDS); \
+	fi
 
 valgrind: .venv/installed/tools ## Check it under memcheck, which sees reads of memory without a value, where valgrind is.
 	@if command -v valgrind >/dev/null; then \

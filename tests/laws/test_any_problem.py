@@ -112,7 +112,7 @@ def laid(x, layout):
     return room
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(cases(), st.tuples(*[layouts] * 7), st.booleans())
 def test_any_problem(text, order, backward):
     case = Case.parse(text)
