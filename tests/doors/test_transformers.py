@@ -267,8 +267,6 @@ def written(family, name, **options):
 @pytest.mark.parametrize("family", WRITERS)
 def test_generate_writes_the_same_words(family, cache):
     """Past the window and the chunk of 12, and past the room that a static sliding cache has."""
-    if cache == "static" and family not in DECODERS:
-        pytest.skip(f"{family} is written without a static cache in transformers' own tests")
     eager = written(family, "eager", cache_implementation=cache)
     assert eager.shape[1] > PAST
     assert torch.equal(written(family, "tilefold", cache_implementation=cache), eager)
