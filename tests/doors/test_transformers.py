@@ -336,6 +336,25 @@ def test_compiles_steps_of_a_static_cache():
         same("llama", torch.cat(parts, dim=1), eager, [moved("llama", seed)(ids).logits for seed in (0, 1)])
 
 
+def test_masks_made_before_a_compiled_step():
+    """As generate hands them over: a new one for each step, and not a new program for each."""
+    torch._dynamo.reset()
+    model, ids, pads = implemented("llama", "tilefold"), words(), padding(64)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        parts = [model(ids[:, :28], attention_mask=pads[:, :28], cache=cache).logits]
+        for n in range(28, LENGTH):  # more steps than programs that torch.compile would make of one function
+            given = {"config": model.config, "inputs_embeds": torch.empty(BATCH, 1, 32), "cache": cache}
+            mask = mu.create_masks_for_generate(**given, attention_mask=pads[:, : n + 1])
+            place = torch.full((BATCH, 1), n)
+            parts.append(step(ids[:, n : n + 1], attention_mask=mask, position_ids=place, cache=cache).logits)
+        rows = padding().bool()
+        eager = padded("llama").of(implemented("llama", "eager"))
+        others = [padded("llama").of(moved("llama", seed)) for seed in (0, 1)]
+        same("llama", torch.cat(parts, dim=1)[rows].flatten(), eager, others)
+
+
 def test_other_attentions_compile_as_before():
     """torch.compile sees twins of transformers' mask factories, which make the same masks."""
     torch._dynamo.reset()
