@@ -267,8 +267,6 @@ def written(family, name, **options):
 @pytest.mark.parametrize("family", WRITERS)
 def test_generate_writes_the_same_words(family, cache):
     """Past the window and the chunk of 12, and past the room that a static sliding cache has."""
-    if cache == "static" and family not in DECODERS:
-        pytest.skip(f"{family} is written without a static cache in transformers' own tests")
     eager = written(family, "eager", cache_implementation=cache)
     assert eager.shape[1] > PAST
     assert torch.equal(written(family, "tilefold", cache_implementation=cache), eager)
@@ -336,6 +334,25 @@ def test_compiles_steps_of_a_static_cache():
         ]
         eager = implemented("llama", "eager")(ids).logits
         same("llama", torch.cat(parts, dim=1), eager, [moved("llama", seed)(ids).logits for seed in (0, 1)])
+
+
+def test_masks_made_before_a_compiled_step():
+    """As generate hands them over: a new one for each step, and not a new program for each."""
+    torch._dynamo.reset()
+    model, ids, pads = implemented("llama", "tilefold"), words(), padding(64)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        parts = [model(ids[:, :28], attention_mask=pads[:, :28], cache=cache).logits]
+        for n in range(28, LENGTH):  # more steps than programs that torch.compile would make of one function
+            given = {"config": model.config, "inputs_embeds": torch.empty(BATCH, 1, 32), "cache": cache}
+            mask = mu.create_masks_for_generate(**given, attention_mask=pads[:, : n + 1])
+            place = torch.full((BATCH, 1), n)
+            parts.append(step(ids[:, n : n + 1], attention_mask=mask, position_ids=place, cache=cache).logits)
+        rows = padding().bool()
+        eager = padded("llama").of(implemented("llama", "eager"))
+        others = [padded("llama").of(moved("llama", seed)) for seed in (0, 1)]
+        same("llama", torch.cat(parts, dim=1)[rows].flatten(), eager, others)
 
 
 def test_other_attentions_compile_as_before():

@@ -221,7 +221,7 @@ class AttentionMask:
         fn: MaskFunction = _CAUSAL, padding: Tensor | None = None, use_vmap: bool = False, device: Any = "cpu",
     ) -> None:  # fmt: skip
         if isinstance(q_offset, torch.Tensor):  # a static cache's own count, which layers move on
-            q_offset = q_offset.clone() if torch.compiler.is_compiling() else int(q_offset)
+            q_offset = q_offset.clone()
         self.batch, self.q_len, self.kv_len = batch, q_len, kv_len
         self.q_offset, self.kv_offset = q_offset, kv_offset
         self.fn, self.use_vmap, self.device = fn, use_vmap, device
@@ -255,7 +255,8 @@ class AttentionMask:
         """``mask[:, :, :, :n]``, the first n keys, as models cut a mask to the keys that they have."""
         parts = where if isinstance(where, tuple) else (where,)
         keys = parts[-1] if len(parts) == 4 else None
-        if any(part != slice(None) for part in parts[:3]) or not isinstance(keys, slice) or keys.step:
+        whole = all(part == slice(None) for part in parts[:3])
+        if not whole or not isinstance(keys, slice) or keys.step not in (None, 1):
             raise TypeError(f"attention_mask can be cut as [:, :, :, :n] only, got {where!r}; {_DENSE}")
         start, stop, _ = keys.indices(self.kv_len)
         if start:
@@ -292,6 +293,8 @@ class AttentionMask:
     def _as_options(self, packable: bool) -> dict[str, Any]:
         traced = torch.compiler.is_compiling()
         offset = self.q_offset - self.kv_offset
+        if isinstance(offset, torch.Tensor) and not traced:
+            offset = int(offset)
         banded = self._band(offset)
         if banded is not None and not self.pattern.unknown:
             if not self.pattern.segmented:
