@@ -2,6 +2,7 @@
 
 from .api import attention, attention_grad, explain, merge, probe
 from .backends.cpu import warn_if_missing
+from .caches import CacheFull, KVCache, PagedKVCache
 from .flash import (
     FlashConfig,
     FlashResult,
@@ -35,11 +36,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendRefused",
+    "CacheFull",
     "FlashConfig",
     "FlashResult",
     "Grads",
+    "KVCache",
     "Mask",
     "OnlineStats",
+    "PagedKVCache",
     "Plan",
     "Problem",
     "anchors",
