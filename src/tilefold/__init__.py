@@ -24,6 +24,7 @@ from .masks import (
     lengths,
     prefix,
     spans,
+    tree,
     window,
 )
 from .plan import BackendRefused, Plan
@@ -68,6 +69,7 @@ __all__ = [
     "probe",
     "set_num_threads",
     "spans",
+    "tree",
     "window",
 ]
 
