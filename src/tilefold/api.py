@@ -284,7 +284,8 @@ def _check_parts(parts: Sequence[tuple[Array, Array]]) -> None:
 
 
 class Explanation(SimpleNamespace):
-    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes`, `exact`."""
+    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes`, `exact`, `shared`
+    (keys that a cascade reads once for all sequences)."""
 
     problem: Problem
     plan: Plan
@@ -293,6 +294,7 @@ class Explanation(SimpleNamespace):
     flops: int
     bytes: int
     exact: bool
+    shared: int
 
     def __str__(self) -> str:
         p, plan = self.problem, self.plan
@@ -310,6 +312,8 @@ class Explanation(SimpleNamespace):
             f"({matrix / max(plan.workspace_bytes, 1):,.0f} x)",
             f"traffic     inputs and output are {size(self.bytes)}",
         ]
+        if self.shared:
+            lines.append(f"cascade     the first {self.shared} keys are folded once for {p.batch} sequences")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -357,4 +361,5 @@ def explain(
         flops=2 * cells * (p.dim + p.v_dim),
         bytes=x.q.nbytes + kv_bytes + out_bytes,
         exact=x.mask is None and x.bias is None,
+        shared=call.shared * x.k.shape[-2],
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import enter, enter_floats
+from .caches import cascade
 from .dtypes import ROWS
 from .frameworks import is_traced
 from .layouts import Frame, Stored, empty_like
@@ -55,6 +56,7 @@ class Call:
     plan: Plan
     refusals: tuple[tuple[str, str], ...]
     squeeze: bool  # 2-D arguments: the head axis that was added is taken off again
+    shared: int = 0  # leading pages that all sequences of a cache have in common and that are folded once
 
     def allocate(self, out: Any = None) -> None:
         """Make the arrays that a fold fills, or take the caller's `out`."""
@@ -184,7 +186,9 @@ def understand(
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a name, got {type(backend).__name__}")
     chosen, refusals = choose(problem, backend)
-    return Call(problem, x, chosen, refusals, squeeze)
+    shares = stored is not None and stored.cascade and stored.table is not None
+    shared = cascade.shared_pages(problem, x, backend) if shares else 0
+    return Call(problem, x, chosen, refusals, squeeze, shared)
 
 
 def folded(
@@ -201,7 +205,10 @@ def folded(
     """A call, understood and run: `out` and `lse` are filled."""
     call = understand(q, k, v, o, want=want, backend=backend, plan=plan)
     call.allocate(out)
-    call.fold()
+    if call.shared:
+        cascade.fold(call.problem, call.operands, call.shared, backend)
+    else:
+        call.fold()
     return call
 
 

@@ -44,7 +44,7 @@ class Stored:
 
     k and v ``(B, Hkv, capacity, D or Dv)``, or with a `table` ``(B, n)`` of pages ``(pages, Hkv, page, D or Dv)``;
     `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone, but for
-    the first `kept` of all.
+    the first `kept` of all. With `cascade`, pages that all sequences begin with may be folded once for all.
     """
 
     k: Any
@@ -53,6 +53,7 @@ class Stored:
     table: Any = None
     first: Any = None
     kept: int = 0
+    cascade: bool = False
 
 
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:

@@ -11,7 +11,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -146,9 +146,14 @@ class PagedKVCache:
         """Keys and values for `tilefold.attention`: a batch of these sequences, in this order; an id may repeat."""
         return self.view(ids)
 
-    def view(self, ids: Any) -> View:
-        """The same as ``cache[ids]``."""
-        return View(self, tuple(self._named(ids)))
+    def view(self, ids: Any, *, cascade: bool = False) -> View:
+        """The same as ``cache[ids]``. With `cascade`, leading pages that all of these sequences share are read once for
+        all where that pays (see `tilefold.caches.cascade`): the result is as exact, but its last bits depend on the
+        batch.
+        """
+        if not isinstance(cascade, bool):
+            raise TypeError(f"cascade must be True or False, got {type(cascade).__name__}")
+        return View(self, tuple(self._named(ids)), cascade)
 
     # ---- files -----------------------------------------------------------------------------------------------
 
@@ -370,10 +375,11 @@ class View:
 
     cache: PagedKVCache
     ids: tuple[int, ...]
+    cascade: bool = False
 
     def stored(self) -> Stored:
         """What `tilefold.attention` reads."""
-        return self.cache._stored(self.ids)
+        return replace(self.cache._stored(self.ids), cascade=self.cascade)
 
     @property
     def capacity(self) -> int:
