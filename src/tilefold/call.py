@@ -291,7 +291,8 @@ def _stored(k: Any, v: Any) -> Stored | None:
             )
         return None
     if v is not None:
-        raise TypeError(f"v must not be given beside a {type(k).__name__}, which holds keys and values")
+        hint = "; give a mask as mask=" if isinstance(v, Mask) else ""
+        raise TypeError(f"v must not be given beside a {type(k).__name__}, which holds keys and values{hint}")
     stored = k.stored()
     if not isinstance(stored, Stored):
         raise TypeError(f"a cache's stored() must give tilefold.layouts.Stored, got {type(stored).__name__}")

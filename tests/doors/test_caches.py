@@ -434,13 +434,13 @@ def test_tensors_that_a_cache_refuses():
     cache = paged(dtype=torch.float32)
     (a,), _ = filled(cache, 9)
     q = torch.from_numpy(queries(1, 1))
-    with pytest.raises(ValueError, match="a gradient cannot be asked for beside a View"):
+    with pytest.raises(ValueError, match="a gradient cannot be asked for beside a PagedView"):
         tf.attention(q.clone().requires_grad_(), cache[a])
     with torch.no_grad():
         assert isinstance(tf.attention(q.clone().requires_grad_(), cache[a]), torch.Tensor)
-    with pytest.raises(TypeError, match="k must not be a View in a program that is compiled"):
+    with pytest.raises(TypeError, match="k must not be a PagedView in a program that is compiled"):
         torch.func.vmap(lambda q: tf.attention(q, cache[a]))(q)
-    with pytest.raises(TypeError, match="k must not be a View in a program that is compiled"):
+    with pytest.raises(TypeError, match="k must not be a PagedView in a program that is compiled"):
         tf.attention(q.to("meta"), cache[a])
 
 
@@ -640,6 +640,7 @@ WRONG = {
     "id must be an integer, got True": lambda: two().fork(True),
     "id must name a sequence of this cache, got 2": lambda: two().free([0, 2]),
     "v must not be given beside a KVCache, which holds keys and values": lambda: tf.attention(queries(2, 1), one(), V),
+    "which holds keys and values; give a mask as mask=": lambda: tf.attention(queries(2, 1), one(), tf.causal()),
     "kv_lengths must not be given with a cache": lambda: tf.attention(queries(2, 1), one(), kv_lengths=[1, 1]),
     "the cache holds 2 sequences, q has 3": lambda: tf.attention(queries(3, 1), two()[0, 1]),
     "q and the cache must have one dtype, got q float64, k float32": lambda: tf.attention(

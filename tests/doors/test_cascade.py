@@ -177,7 +177,7 @@ def test_only_where_asked_and_only_where_it_pays(monkeypatch):
     monkeypatch.setattr(cascade, "PAYS", gain + 1)
     assert tf.explain(q, view).shared == 0
     monkeypatch.setattr(cascade, "PAYS", 0)
-    many = np.repeat(q, 400, axis=2)  # of which each reads no keys of its own, and each is joined
+    many = np.repeat(q, 400, axis=2)  # joining costs by the row, reading does not
     assert tf.explain(many, view).shared == 0
 
 

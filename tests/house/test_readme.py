@@ -1,4 +1,4 @@
-"""What the texts show is true: README's Python runs as it stands, top to bottom, and so do docstrings' examples."""
+"""What the texts show is true: their Python runs as it stands, top to bottom, and so do docstrings' examples."""
 
 import doctest
 import importlib
@@ -13,6 +13,7 @@ import tilefold
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+TEXTS = [README, ROOT / "docs" / "serving.md"]
 OPTIONAL = {
     "torch",
     "jax",
@@ -44,14 +45,15 @@ def execute(text: str, name: str) -> int:
     return len(found)
 
 
-def test_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
+def test_texts_run(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     try:
-        assert execute(README.read_text(), str(README)) > 0
+        assert execute(text.read_text(), str(text)) > 0
     except ModuleNotFoundError as missing:
         if missing.name not in OPTIONAL:
             raise
-        pytest.skip(f"README shows {missing.name}, which is not installed")
+        pytest.skip(f"{text.name} shows {missing.name}, which is not installed")
 
 
 def test_blocks_are_found_and_can_fail():

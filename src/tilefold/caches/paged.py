@@ -142,18 +142,18 @@ class PagedKVCache:
             sequence.length = length
             sequence.first = sequence.first if length > self._anchors else 0
 
-    def __getitem__(self, ids: Any) -> View:
+    def __getitem__(self, ids: Any) -> PagedView:
         """Keys and values for `tilefold.attention`: a batch of these sequences, in this order; an id may repeat."""
         return self.view(ids)
 
-    def view(self, ids: Any, *, cascade: bool = False) -> View:
+    def view(self, ids: Any, *, cascade: bool = False) -> PagedView:
         """The same as ``cache[ids]``. With `cascade`, leading pages that all of these sequences share are read once for
         all where that pays (see `tilefold.caches.cascade`): the result is as exact, but its last bits depend on the
         batch.
         """
         if not isinstance(cascade, bool):
             raise TypeError(f"cascade must be True or False, got {type(cascade).__name__}")
-        return View(self, tuple(self._named(ids)), cascade)
+        return PagedView(self, tuple(self._named(ids)), cascade)
 
     # ---- files -----------------------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ class PagedKVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class PagedView:
     """Sequences of a paged cache as a batch of keys and values. It sees what is appended after it was made."""
 
     cache: PagedKVCache
