@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import tilefold as tf
 from tilefold import plan
 from tilefold.caches.paged import roomy
+from tilefold.caches.pool import Pool
 from tilefold.dtypes import ROWS
 from tilefold.layouts import Stored
 
@@ -687,6 +688,55 @@ def test_memory_that_does_not_suffice_leaves_the_cache_as_it_was(monkeypatch):
     monkeypatch.undo()
     assert caches[0].lengths.tolist() == [3, 3] and caches[1].lengths([0, 1]).tolist() == [3, 4]
     assert all(np.array_equal(cache.k, x, equal_nan=True) for cache, x in zip(caches, before, strict=True))
+
+
+def test_an_interrupted_append_leaves_the_lengths_as_they_were(monkeypatch):
+    cache = paged()
+    (a, b), ((k, _), _) = filled(cache, 9, 4)
+    write, calls = Pool.write, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*given)
+
+    monkeypatch.setattr(Pool, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.append([a, b], *rows(2, 30))
+    monkeypatch.undo()
+    assert cache.lengths([a, b]).tolist() == [9, 4] and cache.pages_used == 4
+    cache.append([a, b], *rows(2, 30))
+    assert np.array_equal(held(cache, a)[0][:, :9], k[0])
+    assert np.array_equal(held(cache, b)[0][:, 4:], rows(2, 30)[0][1])
+
+
+def test_statistics_of_weights_over_pages():
+    class Mass:
+        name = "mass"
+
+        def start(self, problem, lead):
+            self.sums = np.zeros((*lead, problem.heads, problem.q_len))
+            return self
+
+        def open(self, block, live, scores):
+            self.index = block.frame.index
+
+        def take(self, w):
+            self.sums[(*self.index, w.heads)] += w.by_head.sum(axis=-1)
+
+        def close(self, block):
+            pass
+
+        def result(self):
+            return self.sums
+
+    cache = paged()
+    ids, _ = filled(cache, 9, 30)
+    q = queries(2, 1)
+    out, _, seen = tf.attention(q, cache[ids], causal=True, probes=[Mass()])
+    np.testing.assert_allclose(seen.mass, 1, rtol=1e-5)
+    np.testing.assert_array_equal(out, tf.attention(q, cache[ids], causal=True, backend="numpy"))
 
 
 def test_any_object_that_stores_is_a_cache():

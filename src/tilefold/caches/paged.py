@@ -94,7 +94,7 @@ class PagedKVCache:
         """Forget a sequence, or several; pages that no other one holds are free."""
         named = self._named(ids, distinct=True)
         for id, sequence in named.items():
-            self._drop(sequence, 0)
+            self._cut(sequence, 0)
             del self._sequences[id]
 
     def append(self, ids: Any, k: Any, v: Any, lengths: Any = None) -> None:
@@ -119,9 +119,14 @@ class PagedKVCache:
         starts = [sequence.length for sequence in sequences]
         for sequence, _ in growing:
             self._give_back(sequence)
-        for sequence, count in growing:
-            self._extend(sequence, count)
-        self._write(sequences, starts, new, k, v)
+        try:
+            for sequence, count in growing:
+                self._extend(sequence, count)
+            self._write(sequences, starts, new, k, v)
+        except BaseException:
+            for sequence, start in zip(sequences, starts, strict=True):
+                self._cut(sequence, start)
+            raise
 
     def truncate(self, ids: Any, lengths: Any) -> None:
         """Forget what comes after the first `lengths` positions, of one sequence or several: tokens that were guessed.
@@ -138,8 +143,7 @@ class PagedKVCache:
                     f"sequence {id}; got {to[n]}"
                 )
         for sequence, length in zip(named.values(), to, strict=True):
-            self._drop(sequence, -(-length // self.page))
-            sequence.length = length
+            self._cut(sequence, length)
             sequence.first = sequence.first if length > self._anchors else 0
 
     def __getitem__(self, ids: Any) -> PagedView:
@@ -336,12 +340,14 @@ class PagedKVCache:
             at = np.asarray(s.pages, np.int64)[at // self.page] * self.page + at % self.page
             self._pool.write(at, *(x[n, :, : len(at)].swapaxes(0, 1) for x in (k, v)))
 
-    def _drop(self, s: _Sequence, keep: int) -> None:
-        """Give back all pages of a sequence but the first `keep`."""
+    def _cut(self, s: _Sequence, length: int) -> None:
+        """Make a sequence end at `length`, without the pages behind it."""
+        keep = -(-length // self.page)
         for page in s.pages[keep:]:
             if page >= 0:
                 self._pool.drop(page)
         del s.pages[keep:]
+        s.length = length
 
     def _filled(self) -> dict[int, int]:
         """The pages in use, ascending, and how many rows of each are of some sequence."""
