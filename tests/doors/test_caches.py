@@ -7,7 +7,7 @@ Bits are the matter of `laws/test_cached_bits.py`, files that of `faults/test_sn
 import numpy as np
 import pytest
 from bits import assert_same_bits
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -330,6 +330,7 @@ ALLOWED = {
     "anchors": ({"mask": tf.anchors(6, 4)}, 6),
     "fewer anchors": ({"mask": tf.anchors(2, 3)}, 6),
     "anchors alone": ({"mask": tf.prefix(6)}, 6),
+    "anchors by a band": ({"mask": tf.band(None, -15)}, 6),
     "no query": ({"q_lengths": 0}, 0),
 }
 REFUSED = {
@@ -339,6 +340,7 @@ REFUSED = {
     "a window of which only the right side is set": ({"window": (None, 0)}, 0),
     "anchors that are gone": ({"mask": tf.anchors(1, 4)}, 0),
     "anchors and a wider window": ({"mask": tf.anchors(6, 5)}, 6),
+    "one key by a band": ({"mask": tf.band(None, -14)}, 6),
     "more anchors": ({"mask": tf.anchors(7, 4)}, 6),
     "one forgotten key": ({"mask": tf.spans([15], [16])}, 6),
     "one forgotten cell": ({"mask": tf.from_predicate(lambda i, j: j == 9)}, 6),
@@ -370,6 +372,27 @@ def test_what_is_gone_is_refused(options, anchors):
     view, _ = forgetful(anchors)
     with pytest.raises(ValueError, match=f"the cache has forgotten keys {anchors} to 15 of sequence 0"):
         tf.attention(queries(1, 1), view, **options)
+
+
+limits = st.none() | st.integers(-25, 25)
+masks = st.one_of(
+    st.builds(tf.band, limits, limits),
+    st.builds(tf.anchors, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(tf.chunked, st.integers(1, 12)),
+    st.builds(lambda n: tf.from_predicate(lambda i, j: (i + j) % n == 0), st.integers(2, 20)),
+)
+
+
+@given(st.sampled_from([0, 6]), st.integers(1, 7), masks, masks)
+def test_refused_is_what_sees_a_forgotten_key_and_nothing_else(anchors, q_len, a, b):
+    view, arrays = forgetful(anchors)
+    q = queries(1, q_len)
+    for mask in (a, b, a & b, a | b):
+        if mask.dense(q_len, 21)[:, anchors:16].any():
+            with pytest.raises(ValueError, match="the cache has forgotten"):
+                tf.attention(q, view, mask=mask)
+        else:
+            assert_same_bits(tf.attention(q, view, mask=mask), tf.attention(q, *arrays, mask=mask))
 
 
 def test_guesses_can_be_taken_back_within_a_window():
