@@ -66,7 +66,8 @@ def attention(
 
     Args:
         q: queries ``(..., Hq, Sq, D)``; ``(Sq, D)`` is one head.
-        k: keys ``(..., Hkv, Sk, D)``. Hq is a multiple of Hkv; query head h reads key head ``h // (Hq / Hkv)``.
+        k: keys ``(..., Hkv, Sk, D)``. Hq is a multiple of Hkv; query head h reads key head ``h // (Hq / Hkv)``. Or a
+            cache, which stands for keys and values: a `KVCache`, or sequences ``cache[ids]`` of a `PagedKVCache`.
         v: values ``(..., Hkv, Sk, Dv)``.
         mask: a `Mask`, or booleans broadcastable to ``(..., Hq, Sq, Sk)``, True = visible. Combined by ``&`` with
             `causal`, `window` and lengths.
@@ -289,7 +290,8 @@ def _check_parts(parts: Sequence[tuple[Array, Array]]) -> None:
 
 
 class Explanation(SimpleNamespace):
-    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes`, `exact`."""
+    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes`, `exact`, `shared`
+    (keys that a cascade reads once for all sequences)."""
 
     problem: Problem
     plan: Plan
@@ -298,6 +300,7 @@ class Explanation(SimpleNamespace):
     flops: int
     bytes: int
     exact: bool
+    shared: int
 
     def __str__(self) -> str:
         p, plan = self.problem, self.plan
@@ -315,6 +318,8 @@ class Explanation(SimpleNamespace):
             f"({matrix / max(plan.workspace_bytes, 1):,.0f} x)",
             f"traffic     inputs and output are {size(self.bytes)}",
         ]
+        if self.shared:
+            lines.append(f"cascade     the first {self.shared} keys are folded once for {p.batch} sequences")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -330,7 +335,7 @@ def size(n: float) -> str:
 
 
 def explain(
-    q: Array, k: Array, v: Array, mask: Mask | Array | None = None, *, return_lse: bool = False,
+    q: Array, k: Array, v: Array = None, mask: Mask | Array | None = None, *, return_lse: bool = False,
     backend: str = "auto", plan: Plan | None = None, **options: Any,
 ) -> Explanation:  # fmt: skip
     """What `attention` with these arguments would do, and why; nothing runs. Prints as prose.
@@ -351,12 +356,16 @@ def explain(
     else:
         cells = visible_in_band(p.band, p.q_len, p.kv_len) * p.batch * p.heads
     out_bytes = x.q.size // max(p.dim, 1) * p.v_dim * x.q.itemsize
+    kv_bytes = x.k.nbytes + x.v.nbytes
+    if x.table is not None and x.kv_ends is not None:  # pages hold more than these sequences
+        kv_bytes = int(x.kv_ends.sum()) * p.kv_heads * (p.dim + p.v_dim) * x.k.itemsize
     return Explanation(
         problem=p,
         plan=call.plan,
         refusals=call.refusals,
         cells=cells,
         flops=2 * cells * (p.dim + p.v_dim),
-        bytes=x.q.nbytes + x.k.nbytes + x.v.nbytes + out_bytes,
+        bytes=x.q.nbytes + kv_bytes + out_bytes,
         exact=x.mask is None and x.bias is None,
+        shared=call.shared * x.k.shape[-2],
     )

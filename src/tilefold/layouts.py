@@ -43,7 +43,8 @@ class Stored:
     """Keys and values as a cache keeps them; what its method `stored` gives.
 
     k and v ``(B, Hkv, capacity, D or Dv)``, or with a `table` ``(B, n)`` of pages ``(pages, Hkv, page, D or Dv)``;
-    `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone.
+    `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone, but for
+    the first `kept` of all. With `cascade`, pages that all sequences begin with may be folded once for all.
     """
 
     k: Any
@@ -51,6 +52,8 @@ class Stored:
     lengths: Any
     table: Any = None
     first: Any = None
+    kept: int = 0
+    cascade: bool = False
 
 
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:

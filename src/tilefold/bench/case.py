@@ -28,6 +28,7 @@ q130 k130 d64 v32                            queries, keys, dim, value dim
 causal, causal=top-left                      masks, combined by &
 window=40,0  band=3,2,-5  prefix=21  chunked=16  anchors=4,9
 documents=11,30,12  dense=0.5  predicate=3   sizes; share of visible cells; (i + 2 j) mod 3 != 0
+tree=2                                       queries as a tree, so many follow from each
 q_lengths=5,130  kv_lengths=7,130            lengths of padded sequences
 packed=3,0,9/5,2,7                           packed sequences: query sizes / key sizes
 scale=0.3 softcap=20 sinks alibi alibi=b     score options; alibi=b: slopes per batch item
@@ -200,6 +201,8 @@ class Case:
             parts.append(masks.anchors(*_ints(w["anchors"])))
         if "documents" in w:
             parts.append(masks.documents(cu_seqlens=np.cumsum([0, *_ints(w["documents"])])))
+        if "tree" in w:
+            parts.append(masks.tree([(i - 1) // int(w["tree"]) for i in range(n["q"])]))
         if "dense" in w:
             parts.append(masks.dense(rng.random((*lead, self.heads, n["q"], n["k"])) < float(w["dense"])))
         if "predicate" in w:
@@ -261,7 +264,7 @@ class Case:
 
 
 KNOWN = frozenset(
-    {"causal", "window", "band", "prefix", "chunked", "anchors", "documents", "dense", "predicate"}
+    {"causal", "window", "band", "prefix", "chunked", "anchors", "documents", "dense", "predicate", "tree"}
     | {"q_lengths", "kv_lengths", "packed", "scale", "softcap", "sinks", "alibi", "bias", "hide"}
     | {"logits", "order", "nan", "seed"}
 )
