@@ -9,6 +9,7 @@
 #define TILEFOLD_HAS_ANY
 #define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
+#define TILEFOLD_HAS_SPREAD_BYTES
 
 namespace {
 #define WORD inline __attribute__((always_inline))
@@ -23,6 +24,10 @@ WORD bool any(M m) {
 WORD __m256i spread(const void* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
+WORD __m256i spread_bytes(const void* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+WORD __m256i spread_pairs(const void* p) { return _mm256_cvtepu8_epi64(_mm_loadu_si32(p)); }
 }  // namespace
 
 #include "words.h"

@@ -13,6 +13,7 @@
 #define TILEFOLD_HAS_ANY
 #define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
+#define TILEFOLD_HAS_SPREAD_BYTES
 
 namespace {
 #define WORD inline __attribute__((always_inline))
@@ -26,6 +27,12 @@ WORD bool any(M m) {
 }
 WORD __m512i spread(const void* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+WORD __m512i spread_bytes(const void* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+WORD __m512i spread_pairs(const void* p) {
+    return _mm512_cvtepu8_epi64(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
 }
 }  // namespace
 

@@ -15,10 +15,11 @@ import numpy as np
 from . import shortcut
 from .arrays import door_of, enter_floats, leave
 from .call import DROPOUT, Call, Options, differentiated, flag, folded, understand
+from .dtypes import CODES
 from .layouts import empty_like, frames
 from .masks import Mask
 from .plan import Plan, backend_of
-from .problem import Has, Problem, Want
+from .problem import Has, Operands, Problem, Want
 from .replay import Grads, Probe
 from .stats import OnlineStats
 from .tiles import visible_in_band
@@ -284,7 +285,8 @@ def _check_parts(parts: Sequence[tuple[Array, Array]]) -> None:
 
 
 class Explanation(SimpleNamespace):
-    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes`, `exact`."""
+    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes` (of inputs and output)
+    and of these `kv_bytes`, `exact`."""
 
     problem: Problem
     plan: Plan
@@ -292,6 +294,7 @@ class Explanation(SimpleNamespace):
     cells: int
     flops: int
     bytes: int
+    kv_bytes: int
     exact: bool
 
     def __str__(self) -> str:
@@ -308,7 +311,8 @@ class Explanation(SimpleNamespace):
             f"work        {most}{self.cells:,} visible cells, {self.flops / 1e9:,.2f} GFLOP",
             f"workspace   {size(plan.workspace_bytes)}; the score matrix would take {size(p.score_bytes)} "
             f"({matrix / max(plan.workspace_bytes, 1):,.0f} x)",
-            f"traffic     inputs and output are {size(self.bytes)}",
+            f"traffic     inputs and output are {size(self.bytes)}, keys and values "
+            f"{size(self.kv_bytes)} of {p.kv_dtype}" + (" and scales" if p.kv_dtype in CODES else ""),
         ]
         return "\n".join(lines)
 
@@ -325,7 +329,7 @@ def size(n: float) -> str:
 
 
 def explain(
-    q: Array, k: Array, v: Array, mask: Mask | Array | None = None, *, return_lse: bool = False,
+    q: Array, k: Array, v: Array = None, mask: Mask | Array | None = None, *, return_lse: bool = False,
     backend: str = "auto", plan: Plan | None = None, **options: Any,
 ) -> Explanation:  # fmt: skip
     """What `attention` with these arguments would do, and why; nothing runs. Prints as prose.
@@ -346,12 +350,23 @@ def explain(
     else:
         cells = visible_in_band(p.band, p.q_len, p.kv_len) * p.batch * p.heads
     out_bytes = x.q.size // max(p.dim, 1) * p.v_dim * x.q.itemsize
+    kv_bytes = _kv_bytes(p, x)
     return Explanation(
         problem=p,
         plan=call.plan,
         refusals=call.refusals,
         cells=cells,
         flops=2 * cells * (p.dim + p.v_dim),
-        bytes=x.q.nbytes + x.k.nbytes + x.v.nbytes + out_bytes,
+        bytes=x.q.nbytes + kv_bytes + out_bytes,
+        kv_bytes=kv_bytes,
         exact=x.mask is None and x.bias is None,
     )
+
+
+def _kv_bytes(p: Problem, x: Operands) -> int:
+    """Of keys and values, scales included. Pages hold more than the sequences of a call: only their rows count."""
+    arrays = [a for a in (x.k, x.v, x.k_scale, x.v_scale) if a is not None]
+    if x.table is None or x.kv_ends is None:
+        return sum(a.nbytes for a in arrays)
+    per_row = sum(a.shape[-1] * a.itemsize for a in arrays)
+    return int(x.kv_ends.sum()) * p.kv_heads * per_row
