@@ -368,5 +368,6 @@ def _kv_bytes(p: Problem, x: Operands) -> int:
     arrays = [a for a in (x.k, x.v, x.k_scale, x.v_scale) if a is not None]
     if x.table is None or x.kv_ends is None:
         return sum(a.nbytes for a in arrays)
-    per_row = sum(a.shape[-1] * a.itemsize for a in arrays)
-    return int(x.kv_ends.sum()) * p.kv_heads * per_row
+    rows, pages = (int(n.sum()) for n in (x.kv_ends, -(-x.kv_ends // x.k.shape[-2])))
+    read = sum((rows if a.strides[-2] else pages) * a.shape[-1] * a.itemsize for a in arrays)
+    return int(p.kv_heads * read)

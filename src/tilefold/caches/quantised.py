@@ -48,9 +48,9 @@ def quantise(x: Any, kind: str = "int8", *, group: int | None = None) -> tuple[A
     if array.ndim < 1:
         raise ValueError("x must have at least one dimension, got a single number")
     dim = array.shape[-1]
-    size = _group(group, dim, code)
+    groups, size = _groups(group, dim, code)
     with np.errstate(over="ignore"):
-        numbers = array.astype(np.float32).reshape(*array.shape[:-1], dim // size, size)
+        numbers = array.astype(np.float32).reshape(*array.shape[:-1], groups, size)
     top = np.abs(numbers).max(axis=-1, initial=0)
     if not np.isfinite(top).all():
         raise ValueError("x must be finite in float32, got NaN or infinity")
@@ -101,17 +101,16 @@ def _named(kind: Any) -> Code:
     return CODES[kind]
 
 
-def _group(group: Any, dim: int, code: Code) -> int:
-    """How many dims share a scale; at least 1."""
-    size = max(dim, 1) if group is None else integer("group", group, 1)
-    if dim % size and group is not None:
+def _groups(group: Any, dim: int, code: Code) -> tuple[int, int]:
+    """How many groups of dims share a scale, and the dims of each."""
+    size = dim if group is None else integer("group", group, 1)
+    if group is not None and dim % size:
         raise ValueError(f"group must divide the {dim} dims of x, got {group}")
-    if dim % code.each or (dim and size % code.each):
-        what = f"x must have an even number of dims for {code.name}, got {dim}" if dim % code.each else (
-            f"group must be even for {code.name}, got {group}"
-        )  # fmt: skip
-        raise ValueError(what)
-    return size
+    if dim % code.each:
+        raise ValueError(f"x must have an even number of dims for {code.name}, got {dim}")
+    if size % code.each:
+        raise ValueError(f"group must be even for {code.name}, got {group}")
+    return 1 if group is None else dim // size, size
 
 
 def _rounded(ratios: np.ndarray, code: Code, like: Any) -> np.ndarray:
@@ -119,7 +118,7 @@ def _rounded(ratios: np.ndarray, code: Code, like: Any) -> np.ndarray:
     np.clip(ratios, -code.largest, code.largest, out=ratios)
     if code.name == "float8_e4m3fn":
         return ratios.astype(_array_type(code.array, like))
-    codes = np.rint(ratios, out=ratios).astype(np.int8)
+    codes: np.ndarray = np.rint(ratios, out=ratios).astype(np.int8)
     if code.each == 1:
         return codes
     bits = codes.view(np.uint8)
@@ -134,8 +133,8 @@ def _array_type(name: str, like: Any) -> np.dtype:
         return own
     except TypeError:
         if (door := door_of(like)) is not None and name in ("bfloat16", "float8_e4m3fn"):
-            brought: np.dtype = door.tensors.brought(name)
-            return brought
+            foreign: np.dtype = door.tensors.brought(name)
+            return foreign
         hint = "; it is known once ml_dtypes is imported" if name in ("bfloat16", "float8_e4m3fn") else ""
         raise TypeError(
             f"there is no type {name!r}{hint}; types are {names()} and codes {', '.join(CODES)}"
