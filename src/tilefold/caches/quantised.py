@@ -67,7 +67,7 @@ def dequantise(codes: Any, scales: Any, dtype: Any = "float32") -> Any:
     `codes` and `scales` are as `quantise` gives them; the result has the kind of `codes`. Products are rounded to
     float32 and then to `dtype`, which is float16, bfloat16 or float32.
 
-    >>> codes, scales = quantise(np.float32([[0.5, -1.0, 0.26, 0.0]]), "int4", group=2)
+    >>> codes, scales = quantise(np.float32([[0.6, -1.0, 0.26, 0.0]]), "int4", group=2)
     >>> dequantise(codes, scales)
     array([[ 0.5714286, -1.       ,  0.26     ,  0.       ]], dtype=float32)
     """
