@@ -16,6 +16,14 @@ struct Strides {
     int64_t head = 0, row = 0, col = 0;
 };
 
+// Keys or values in pages: the step from one page to the next and, where they are codes, that of their
+// scales, of which a row has one for every `group` dims.
+struct Pages {
+    int64_t step, scale_step;
+    Strides scale;  // its col is from one group to the next
+    int64_t group;
+};
+
 // The facts of a call that every piece of it shares. Query rows are counted through the heads that share a
 // key head: row r is query r / group of head r % group, so that neighbours in a tile see nearly the same
 // keys.
@@ -29,7 +37,8 @@ struct Call {
     int64_t bits_start;      // the key that bit 0 stands for
     int64_t block_k;         // keys per block; blocks lie on an absolute grid
     int64_t page;            // key rows per page, 0 where keys lie one after another
-    int64_t k_page, v_page;  // from one page to the next
+    Pages k_pages, v_pages;  // with pages only
+    DType kv_type;           // of keys and values: that of the queries, or codes
     bool pack_keys;          // keys are copied into panels too, not only values
 };
 
@@ -46,16 +55,17 @@ struct Unit {
     const void *q, *k, *v;
     void *out, *lse;  // lse may be null
     int64_t kv_len;
-    const int64_t* table;         // where k and v lie in pages: which page is the n-th, −1 none
-    int64_t first_row;            // the query that row 0 of spans and bits stands for
-    Band band;                    // offset resolved
-    const void* bias;             // null without
-    const uint8_t* cells;         // a boolean array, null without
-    const int64_t *lo, *hi;       // spans per query from first_row, null without
-    const uint8_t* bits;          // packed cells per query from first_row, null without
-    const double *alibi, *sinks;  // per head of the group, null without
-    int32_t* infinite;            // set to 1 where the highest score of a row is +inf
-    Panel panel;                  // null pointers where nothing is packed for several tiles
+    const int64_t* table;            // where k and v lie in pages: which page is the n-th, −1 none
+    const float *k_scale, *v_scale;  // of codes, of row 0 of page 0
+    int64_t first_row;               // the query that row 0 of spans and bits stands for
+    Band band;                       // offset resolved
+    const void* bias;                // null without
+    const uint8_t* cells;            // a boolean array, null without
+    const int64_t *lo, *hi;          // spans per query from first_row, null without
+    const uint8_t* bits;             // packed cells per query from first_row, null without
+    const double *alibi, *sinks;     // per head of the group, null without
+    int32_t* infinite;               // set to 1 where the highest score of a row is +inf
+    Panel panel;                     // null pointers where nothing is packed for several tiles
 };
 
 // One thread's memory and its line to the outside.

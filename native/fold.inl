@@ -152,8 +152,8 @@ struct Desk {
 
     void bring_rows(int64_t k0, int64_t k1) {
         if (brought == k0) return;
-        k = bring(c, u, u.k, c.k, c.k_page, c.dim, k0, k1, key_rows);
-        v = bring(c, u, u.v, c.v, c.v_page, c.v_dim, k0, k1, value_rows);
+        k = bring_keys(c, u, k0, k1, key_rows);
+        v = bring_values(c, u, k0, k1, value_rows);
         brought = k0;
     }
 

@@ -35,8 +35,9 @@ class Sequences {
         c_.block_k = block_k;
         if (p.layout == PAGED) {
             c_.page = a.k.shape[a.k.dims - 2];
-            c_.k_page = a.k.strides[0], c_.v_page = a.v.strides[0];
+            c_.k_pages = pages(a.k, a.k_scale, p.dim), c_.v_pages = pages(a.v, a.v_scale, p.v_dim);
         }
+        c_.kv_type = p.kv_dtype;
         find_frames();
     }
 
@@ -46,6 +47,12 @@ class Sequences {
         if (!a) return {};
         const int64_t* s = a.strides + a.dims - columns;
         return {s[-2], s[-1], columns ? s[0] : 0};
+    }
+
+    // Keys or values of `width` dims, and their scales where they have any.
+    static Pages pages(const Array& a, const Array& scale, int64_t width) {
+        if (!scale) return {a.strides[0], 0, {}, 0};
+        return {a.strides[0], scale.strides[0], inner(scale), width / std::max<int64_t>(scale.shape[3], 1)};
     }
 
     // Elements from the start of `a` to item `item` of its leading axes.
@@ -93,6 +100,8 @@ class Sequences {
         u.k = row(a_.k, paged ? 0 : f.item, kv_head(n), f.k0);
         u.v = row(a_.v, paged ? 0 : f.item, kv_head(n), f.k0);
         if (paged) u.table = a_.table + f.item * a_.table_width;
+        u.k_scale = reinterpret_cast<const float*>(row(a_.k_scale, 0, kv_head(n), 0));
+        u.v_scale = reinterpret_cast<const float*>(row(a_.v_scale, 0, kv_head(n), 0));
         u.out = row(a_.out, f.item, head(n), f.q0);
         u.lse = number(a_.lse, f.item, head(n), f.q0);
         u.kv_len = f.kv_len, u.first_row = first_row(f);

@@ -91,6 +91,9 @@ DType dtype(const std::string& name) {
     if (name == "bfloat16") return DType::bfloat16;
     if (name == "float32") return DType::float32;
     if (name == "float64") return DType::float64;
+    if (name == "int8") return DType::int8;
+    if (name == "float8_e4m3fn") return DType::float8_e4m3fn;
+    if (name == "int4") return DType::int4;
     throw std::invalid_argument("the native core has no type " + name);
 }
 
@@ -200,13 +203,15 @@ class Fold {
                                  std::optional<Input> bias, std::optional<Input> cells,
                                  std::optional<Floats> alibi, std::optional<Floats> sinks,
                                  std::optional<Integers> q_ends, std::optional<Integers> kv_ends,
-                                 std::optional<Integers> table, int64_t first_row, int64_t last_row,
+                                 std::optional<Integers> table, std::optional<Input> k_scale,
+                                 std::optional<Input> v_scale, int64_t first_row, int64_t last_row,
                                  int64_t frame, int64_t head, std::optional<Integers> lo,
                                  std::optional<Integers> hi, std::optional<Bytes> bits, int64_t bits_start,
                                  int team) const {
         tilefold::Arrays arrays =
             inputs(q, k, v, array(out), array(lse), bias, cells, alibi, sinks, q_ends, kv_ends);
         if (table) arrays.table = table->data(), arrays.table_width = int64_t(table->shape(1));
+        arrays.k_scale = array(k_scale), arrays.v_scale = array(v_scale);
         const tilefold::Report report =
             fold(arrays, selection(first_row, last_row, frame, head, lo, hi, bits, bits_start), team);
         return {report.bytes, report.infinite};
@@ -553,10 +558,10 @@ NB_MODULE(_core, m) {
              "Use the nearest settings that the kernels can do; the same tuple.")
         .def("run", &Fold::run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "bias"_a.none(),
              "cells"_a.none(), "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(),
-             "table"_a.none(), "first_row"_a, "last_row"_a, "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(),
-             "bits"_a.none(), "bits_start"_a, "team"_a,
+             "table"_a.none(), "k_scale"_a.none(), "v_scale"_a.none(), "first_row"_a, "last_row"_a, "frame"_a,
+             "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(), "bits_start"_a, "team"_a,
              "Fill out and lse; the bytes of workspace it took, and whether the highest score of a row was "
-             "+inf. Arrays of bfloat16 come as uint16.")
+             "+inf. Arrays of bfloat16 come as uint16, codes as bytes.")
         .def("gradient", &Fold::gradient, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a.none(),
              "cells"_a.none(), "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(),
              "dout"_a, "dlse"_a.none(), "dq"_a, "dk"_a, "dv"_a, "dbias"_a.none(), "dsinks"_a.none(), "add"_a,

@@ -12,23 +12,76 @@ struct Rowed {
     const T* from(int64_t n) const { return at + n * row; }
 };
 
+// Key rows k0 … k1 page by page: f(page, its first row that is wanted, how many of them).
+template <class F>
+TILEFOLD_INLINE void each_page(const Call& c, const Unit& u, int64_t k0, int64_t k1, F&& f) {
+    for (int64_t k = k0, n; k < k1; k += n) {
+        n = least(c.page - k % c.page, k1 - k);
+        f(u.table[k / c.page], k % c.page, n);
+    }
+}
+
+// One row of codes, `col` elements apart, times its scales, rounded to T.
+template <class C, class T>
+TILEFOLD_INLINE void decode(const C* from, int64_t col, const float* scale, const Pages& p, int64_t width,
+                            T* to) {
+    constexpr int W = LANES<float>;
+    for (int64_t d = 0; d < width; scale += p.scale.col) {
+        const int64_t end = least(d + p.group, width);
+        if (col == 1)
+            for (; d + W <= end; d += W) narrow(to + d, widen(from + d / C::EACH) * set<float>(*scale));
+        for (; d < end; d++) put(to + d, one(from[d / C::EACH * col], d % C::EACH) * *scale);
+    }
+}
+
+// Rows ahead that are asked for while one is decoded: from head to head and page to page no processor
+// foresees them.
+constexpr int CODES_AHEAD = 16;
+
+// Key rows k0 … k1 of codes as rows of T. Rows of no page are 0; nobody sees them.
+template <class C, class T>
+__attribute__((noinline)) void decode_rows(const Call& c, const Unit& u, const void* base,
+                                           const float* scales, const Strides& s, const Pages& p,
+                                           int64_t width, int64_t k0, int64_t k1, T* to) {
+    each_page(c, u, k0, k1, [&](int64_t page, int64_t at, int64_t n) {
+        if (page < 0) {
+            memset(to, 0, size_t(n * width) * sizeof(T));
+            to += n * width;
+            return;
+        }
+        const C* row = static_cast<const C*>(base) + page * p.step + at * s.row;
+        const float* scale = scales + page * p.scale_step + at * p.scale.row;
+        for (int64_t i = 0; i < n; i++, row += s.row, scale += p.scale.row, to += width) {
+            const char* const ahead = reinterpret_cast<const char*>(row + CODES_AHEAD * s.row);
+            for (int64_t line = 0; line < width / C::EACH; line += 64) __builtin_prefetch(ahead + line);
+            decode(row, s.col, scale, p, width, to);
+        }
+    });
+}
+
 // Key rows k0 … k1 of the unit's keys or values: where they lie, if that is one after another; else, from
-// pages that lie apart, copied to `own`. Rows of no page are 0; nobody sees them.
+// pages that lie apart, or where they are codes, copied to `own`. Rows of no page are 0; nobody sees them.
 template <class T>
-Rowed<T> bring(const Call& c, const Unit& u, const void* base, const Strides& s, int64_t page_step,
-               int64_t width, int64_t k0, int64_t k1, T* own) {
+Rowed<T> bring(const Call& c, const Unit& u, const void* base, const float* scales, const Strides& s,
+               const Pages& p, int64_t width, int64_t k0, int64_t k1, T* own) {
     const T* const from = static_cast<const T*>(base);
     if (!c.page) return {from + k0 * s.row, s.row, s.col};
+    if constexpr (!__is_same(T, double))
+        if (is_code(c.kv_type)) {
+            const auto rows = c.kv_type == DType::int8            ? decode_rows<Int8, T>
+                              : c.kv_type == DType::float8_e4m3fn ? decode_rows<Float8, T>
+                                                                  : decode_rows<Int4, T>;
+            rows(c, u, base, scales, s, p, width, k0, k1, own);
+            return {own, width, 1};
+        }
     const int64_t* const table = u.table;
     const int64_t first = k0 / c.page, last = (k1 - 1) / c.page;
     bool apart = table[first] < 0;
-    for (int64_t n = first; n < last; n++)
-        apart |= table[n + 1] != table[n] + 1 || page_step != c.page * s.row;
-    if (!apart) return {from + table[first] * page_step + k0 % c.page * s.row, s.row, s.col};
+    for (int64_t n = first; n < last; n++) apart |= table[n + 1] != table[n] + 1 || p.step != c.page * s.row;
+    if (!apart) return {from + table[first] * p.step + k0 % c.page * s.row, s.row, s.col};
     T* to = own;
-    for (int64_t k = k0; k < k1;) {
-        const int64_t page = table[k / c.page], n = least(c.page - k % c.page, k1 - k);
-        const T* row = from + page * page_step + k % c.page * s.row;
+    each_page(c, u, k0, k1, [&](int64_t page, int64_t at, int64_t n) {
+        const T* row = from + page * p.step + at * s.row;
         for (int64_t i = 0; i < n; i++, row += s.row, to += width)
             if (page < 0)
                 memset(to, 0, size_t(width) * sizeof(T));
@@ -36,9 +89,18 @@ Rowed<T> bring(const Call& c, const Unit& u, const void* base, const Strides& s,
                 memcpy(to, row, size_t(width) * sizeof(T));
             else
                 for (int64_t d = 0; d < width; d++) to[d] = row[d * s.col];
-        k += n;
-    }
+    });
     return {own, width, 1};
+}
+
+// The same, of keys and of values.
+template <class T>
+Rowed<T> bring_keys(const Call& c, const Unit& u, int64_t k0, int64_t k1, T* own) {
+    return bring(c, u, u.k, u.k_scale, c.k, c.k_pages, c.dim, k0, k1, own);
+}
+template <class T>
+Rowed<T> bring_values(const Call& c, const Unit& u, int64_t k0, int64_t k1, T* own) {
+    return bring(c, u, u.v, u.v_scale, c.v, c.v_pages, c.v_dim, k0, k1, own);
 }
 
 // Query or output row r of a unit, in elements from its start.

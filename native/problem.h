@@ -8,10 +8,14 @@
 
 namespace tilefold {
 
-enum class DType : uint8_t { float16, bfloat16, float32, float64, uint8 };
+// The last three are codes: keys and values that a scale makes numbers of. int4 lies in pairs, two to a byte.
+enum class DType : uint8_t { float16, bfloat16, float32, float64, uint8, int8, float8_e4m3fn, int4 };
 
+static constexpr bool is_code(DType type) { return type >= DType::int8; }
+
+// Bytes of an element of an array.
 static constexpr int64_t width(DType type) {
-    constexpr int64_t bytes[] = {2, 2, 4, 8, 1};
+    constexpr int64_t bytes[] = {2, 2, 4, 8, 1, 1, 1, 1};
     return bytes[int(type)];
 }
 

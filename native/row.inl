@@ -398,8 +398,8 @@ struct Rows {
         hidden |= kind == Kind::EDGE || u.bias;
         E top[R], shift[R], keep[R], added[R];
         for (int r = 0; r < R; r++) top[r] = max_part[r];
-        keys = bring(c, u, u.k, c.k, c.k_page, c.dim, j0, j1, key_rows);
-        values = bring(c, u, u.v, c.v, c.v_page, c.v_dim, j0, j1, value_rows);
+        keys = bring_keys(c, u, j0, j1, key_rows);
+        values = bring_values(c, u, j0, j1, value_rows);
         score(j0, j1, kind, top);
         uint8_t seen[CAREFUL ? R * SEGMENT : 1];  // a block is at most a segment
         if constexpr (CAREFUL)

@@ -65,7 +65,9 @@ class Sweep : Sequences {
     Sweep(const Problem& p, const Kernels& k, const Settings& s, const Arrays& a, const Selection& part,
           Stop& stop)
         : Sequences(p, a, part, s.block_k), k_(k), s_(s), stop_(stop) {
-        c_.pack_keys = k.value_bytes && !k.key_bytes && strided_keys(a.k, p.dim, k.multiple);
+        const bool pairs = k.value_bytes && !k.key_bytes;
+        c_.pack_keys =
+            pairs && (is_code(p.kv_dtype) ? p.dim % k.multiple : strided_keys(a.k, p.dim, k.multiple));
     }
 
     static bool strided_keys(const Array& k, int64_t dim, int64_t multiple) {

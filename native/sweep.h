@@ -36,10 +36,12 @@ struct Arrays {
     const double *alibi = nullptr, *sinks = nullptr;
     // Lengths per batch item, or cumulative ones when packed.
     const int64_t *q_ends = nullptr, *kv_ends = nullptr;
-    // Where k and v are (pages, kv_heads, page, dim): the pages of each batch item, `table_width` of them, −1
-    // none.
+    // Where k and v are (pages, kv_heads, page, dim; int4: dim / 2): the pages of each batch item,
+    // `table_width` of them, −1 none.
     const int64_t* table = nullptr;
     int64_t table_width = 0;
+    // Where k and v are codes: float32 (pages, kv_heads, page, groups of dims).
+    Array k_scale = {}, v_scale = {};
 };
 
 // What part of a call is folded, and what the mask says of it: query rows first_row … last_row of each

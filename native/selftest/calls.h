@@ -47,11 +47,17 @@ Kernels watch_kernels(const Kernels& kernels) {
     return k;
 }
 
-// The arrays of a case, queries from row `at` on.
-Arrays arrays_of(const Data& x, int64_t at, Tensor& out, Tensor* lse) {
+// The arrays of a case, queries from row `at` on; keys and values in pages where the problem says so.
+Arrays arrays_of(const Data& x, const Problem& p, int64_t at, Tensor& out, Tensor* lse) {
     Data& writable = const_cast<Data&>(x);
     Arrays a{writable.q.array(at), writable.k.array(), writable.v.array(), out.array(at), {}, {}, {}};
     if (lse) a.lse = lse->array(at, false);
+    if (p.layout == PAGED) {
+        a.k = writable.k_pages.rows.array(), a.v = writable.v_pages.rows.array();
+        a.table = x.table.at.data(), a.table_width = x.table.width;
+        if (is_code(p.kv_dtype))
+            a.k_scale = writable.k_pages.scales.array(), a.v_scale = writable.v_pages.scales.array();
+    }
     if (x.c.biased) a.bias = writable.bias.array(at);
     if (x.c.hides == CELLS_HIDE) a.cells = writable.cells.array(at);
     if (x.c.alibi) a.alibi = x.alibi.data();
@@ -109,7 +115,7 @@ void in_parts(const Data& x, const Problem& p, int64_t first, int64_t last, int6
 // Folds query rows first … last of each sequence.
 void fold_rows(const Data& x, const Problem& p, const Kernels& k, const Settings& s, Team team, int64_t first,
                int64_t last, int64_t at, Result& r) {
-    const Arrays a = arrays_of(x, at, r.out, r.has_lse ? &r.lse : nullptr);
+    const Arrays a = arrays_of(x, p, at, r.out, r.has_lse ? &r.lse : nullptr);
     in_parts(x, p, first, last, at, [&](const Selection& part) {
         Stop stop;
         memory_bytes = 0;

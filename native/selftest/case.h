@@ -6,7 +6,7 @@
 #include <numeric>
 #include <string>
 
-#include "tensor.h"
+#include "pages.h"
 
 namespace {
 
@@ -18,7 +18,7 @@ constexpr int CASES = 240;
 constexpr double MOST_WORK = 5e6;  // of a case: about the operations of the plain method
 #endif
 
-enum Lengths { WHOLE, PADDED, PACKED };
+enum Lengths { WHOLE, PADDED, PACKED, PAGES };
 enum Hides { NOTHING, SPANS_HIDE, BITS_HIDE, CELLS_HIDE };
 enum Affine { UNBANDED, CAUSAL, TOP_LEFT, WINDOW, BESIDE, FAR };
 
@@ -42,7 +42,8 @@ struct Case {
     Hides hides;
     double softcap;
     bool by_head, biased, alibi, sinks, lse, poison;
-    DType bias;
+    DType bias, stored;  // the latter in pages
+    int64_t page;
     unsigned bias_repeats;
 
     Case(int n, DType t) : number(n), type(t) {
@@ -55,7 +56,7 @@ struct Case {
         dim = one(1, 5, 8, 33, 64, 80, 128, 300), v_dim = one(1, 5, 8, 33, 64, 80, 128, 300);
         if (one(false, false, false, false, false, false, true)) dim = 1100 + 33 * (n % 40);
         batch = one(1, 2, 4), kv_heads = one(1, 2, 3), group = one(1, 4, 7);
-        lengths = one(WHOLE, WHOLE, PADDED, PACKED);
+        lengths = one(WHOLE, WHOLE, PADDED, PACKED, PAGES);
         order = one(PLAIN, BSHD, GAPS, REVERSED);
         affine = one(UNBANDED, UNBANDED, CAUSAL, CAUSAL, TOP_LEFT, WINDOW, WINDOW, BESIDE, FAR);
         hides = one(NOTHING, NOTHING, NOTHING, NOTHING, SPANS_HIDE, BITS_HIDE, CELLS_HIDE);
@@ -68,6 +69,7 @@ struct Case {
         sinks = one(false, false, true);
         lse = one(true, true, true, false);
         poison = one(false, false, true);
+        stored = one(t, DType::int8, DType::float8_e4m3fn, DType::int4), page = one(1, 5, 16, 128, 1000);
         const auto too_much = [&] {
             const double cell = double(dim + v_dim + 40) * (t == DType::float64 ? 4 : 1);
             const double work = double(batch * kv_heads * group * (q_len + 4) * (kv_len + 60)) * cell;
@@ -79,17 +81,24 @@ struct Case {
         if (too_much()) dim = std::min<int64_t>(dim, 8), v_dim = std::min<int64_t>(v_dim, 5);
         if (too_much()) q_len = std::min<int64_t>(q_len, 130);
         if (too_much()) group = std::min<int64_t>(group, 4), q_len = std::min<int64_t>(q_len, 33);
+        if (lengths != PAGES || t == DType::float64) stored = t;
+        if (stored == DType::int4 && (dim % 2 || v_dim % 2)) stored = DType::int8;
     }
+
+    bool padded() const { return lengths == PADDED || lengths == PAGES; }
 
     std::string text() const {
         const char* const orders[] = {"", " BSHD", " gaps", " reversed"};
         const char* const bands[] = {"", " causal", " top-left", " window", " beside", " far"};
         const char* const hidden[] = {"", " spans", " bits", " cells"};
-        const char* const ragged[] = {"", " padded", " packed"};
+        const char* const ragged[] = {"", " padded", " packed", " pages of "};
         char s[200];
         snprintf(s, sizeof s, "case %d: %s b%d h%d/%d q%d k%d d%d/%d", number, name(type), int(batch),
                  int(kv_heads * group), int(kv_heads), int(q_len), int(kv_len), int(dim), int(v_dim));
-        return s + std::string(ragged[lengths]) + orders[order] + bands[affine] + hidden[hides] +
+        const std::string pages =
+            lengths == PAGES ? std::to_string(page) + (stored != type ? std::string(" ") + name(stored) : "")
+                             : "";
+        return s + (ragged[lengths] + pages) + orders[order] + bands[affine] + hidden[hides] +
                (by_head && hides ? " by head" : "") + (softcap != NO_SOFTCAP ? " softcap" : "") +
                (biased ? std::string(" bias ") + name(bias) : "") + (alibi ? " alibi" : "") +
                (sinks ? " sinks" : "") + (poison ? " poison" : "") + (lse ? "" : " no lse");
@@ -108,6 +117,8 @@ struct Data {
     std::vector<Frame> frames;
     std::vector<int64_t> q_ends, kv_ends;
     Tensor q, k, v, bias, cells;
+    Table table;
+    Store k_pages, v_pages;
     std::vector<double> alibi, sinks;
 
     explicit Data(const Case& c_) : c(c_) {
@@ -124,8 +135,15 @@ struct Data {
         k = Tensor(c.type, shape(c.kv_heads, p.kv_len, c.dim), c.order);
         v = Tensor(c.type, shape(c.kv_heads, p.kv_len, c.v_dim), c.order);
         for (Tensor* x : {&q, &k, &v}) x->fill([&](auto...) { return random.between(-1.7, 1.7); });
-        if (c.lengths == PADDED) spoil_padding();
+        if (c.padded()) spoil_padding();
         if (c.poison) spoil_some(random);
+        if (c.lengths == PAGES) {
+            table = Table(c.page, p.kv_len, kv_ends, random);
+            const auto store = [&](Tensor& x, int64_t width) {
+                return Store(x, c.stored, c.kv_heads, width, c.order, table, kv_ends, random);
+            };
+            k_pages = store(k, c.dim), v_pages = store(v, c.v_dim);
+        }
         if (c.biased) {
             bias = Tensor(c.bias, shape(heads, p.q_len, p.kv_len), c.order, c.bias_repeats);
             bias.fill([&](auto...) { return random.below(20) ? random.between(-2, 2) : -INF; });
@@ -184,7 +202,7 @@ struct Data {
     }
 
     void choose_lengths(Random& random) {
-        p.q_len = c.q_len, p.kv_len = c.kv_len;
+        p.q_len = c.q_len, p.kv_len = c.lengths == PAGES ? up(c.kv_len, c.page) : c.kv_len;
         if (c.lengths == WHOLE) return;
         const bool none = random.below(4) == 0;  // no sequence has keys
         if (c.lengths == PACKED) q_ends = kv_ends = {0};
@@ -198,8 +216,8 @@ struct Data {
         if (c.lengths == PACKED) p.q_len = q_ends.back(), p.kv_len = kv_ends.back();
     }
     std::vector<int64_t> leading_shape() const {
-        if (c.lengths == PACKED || (c.batch == 1 && c.number % 2)) return {};
-        if (c.batch == 4) return {2, 2};
+        if (c.lengths == PACKED || (c.batch == 1 && c.number % 2 && c.lengths != PAGES)) return {};
+        if (c.batch == 4 && c.lengths != PAGES) return {2, 2};
         return {c.batch};
     }
     void spoil_padding() {
@@ -232,7 +250,7 @@ struct Data {
         const bool ragged = c.lengths != WHOLE;
         p.batch = c.batch, p.heads = c.kv_heads * c.group, p.kv_heads = c.kv_heads;
         p.dim = c.dim, p.v_dim = c.v_dim;
-        p.q_dtype = p.kv_dtype = c.type;
+        p.q_dtype = c.type, p.kv_dtype = c.stored;
         p.acc_dtype = c.type == DType::float64 ? DType::float64 : DType::float32;
         p.scale = c.number % 3 ? 1 / sqrt(double(c.dim)) : 0.3;
         p.softcap = c.softcap;
@@ -245,19 +263,19 @@ struct Data {
                               {far, -far, offset}};
         p.band = bands[c.affine];
         if (c.affine == FAR && c.number % 2) p.band = {far, far, offset};
-        p.layout = c.lengths == PACKED ? VARLEN : DENSE;
+        p.layout = c.lengths == PACKED ? VARLEN : c.lengths == PAGES ? PAGED : DENSE;
         const std::pair<bool, Has> there[] = {{c.hides == SPANS_HIDE || c.hides == BITS_HIDE, SPANS},
                                               {c.hides == BITS_HIDE, BITS},
                                               {c.biased, BIAS},
                                               {c.alibi, ALIBI},
                                               {c.sinks, SINKS},
-                                              {c.lengths == PADDED, LENGTHS}};
+                                              {c.padded(), LENGTHS}};
         for (const auto& [yes, bit] : there) p.has = yes ? Has(p.has | bit) : p.has;
         p.want = c.lse ? LSE : Want(0);
         for (int64_t n = 0; n < c.batch; n++) {
             const size_t at = size_t(n);
             Frame f{n, n, 0, 0, c.q_len, c.kv_len, 0};
-            if (c.lengths == PADDED) f.q_len = q_ends[at], f.kv_len = kv_ends[at];
+            if (c.padded()) f.q_len = q_ends[at], f.kv_len = kv_ends[at];
             if (c.lengths == PACKED)
                 f = {
                     n, 0, q_ends[at], kv_ends[at], q_ends[at + 1] - q_ends[at], kv_ends[at + 1] - kv_ends[at],

@@ -179,7 +179,7 @@ Gradient run_gradient(const Data& x, ExpectedGradient& e, const Kernels& k, int 
         dbias = make(x.p.acc_dtype, {x.p.heads, x.p.q_len, x.p.kv_len}, PLAIN, x.c.bias_repeats);
         dbias.fill([](auto...) { return 0.0; });
     }
-    const Arrays a = arrays_of(x, 0, e.given.out, &e.given.lse);
+    const Arrays a = arrays_of(x, x.p, 0, e.given.out, &e.given.lse);
     Gradients g{e.given.dout.array(), {}, dq.array(), dk.array(), dv.array(), {}, nullptr, add};
     if (e.given.has_dlse) g.dlse = e.given.dlse.array(0, false);
     if (x.c.biased) g.dbias = dbias.array();

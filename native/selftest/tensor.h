@@ -41,7 +41,8 @@ struct Random {
 constexpr DType TYPES[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
 
 const char* name(DType t) {
-    const char* const names[] = {"float16", "bfloat16", "float32", "float64", "uint8"};
+    const char* const names[] = {"float16", "bfloat16", "float32",       "float64",
+                                 "uint8",   "int8",     "float8_e4m3fn", "int4"};
     return names[int(t)];
 }
 

@@ -15,6 +15,8 @@
 #define TILEFOLD_HAS_ANY
 #define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
+#define TILEFOLD_HAS_SPREAD_BYTES
+#define TILEFOLD_HAS_FLOAT8
 
 namespace {
 #define WORD inline __attribute__((always_inline))
@@ -29,6 +31,12 @@ WORD bool any(M m) {
 WORD __m512i spread(const void* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
+WORD __m512i spread_bytes(const void* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+WORD __m512i spread_pairs(const void* p) {
+    return _mm512_cvtepu8_epi64(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
 }  // namespace
 
 #include "words.h"
@@ -39,6 +47,16 @@ WORD F32 widen(const Half* p) {
 }
 WORD void narrow(Half* p, F32 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+// As halves 256 times too small: they have the same layout, one more bit of exponent, and another NaN.
+WORD F32 widen(const Float8* p) {
+    const __m256i x =
+        _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+    const __m256i none = _mm256_set1_epi16(0x3f80),
+                  special = _mm256_cmpeq_epi16(_mm256_and_si256(x, none), none);
+    const __m256i half = _mm256_or_si256(_mm256_and_si256(x, _mm256_set1_epi16(short(0xbf80))),
+                                         _mm256_and_si256(special, _mm256_set1_epi16(0x7c00)));
+    return _mm512_cvtph_ps(half) * _mm512_set1_ps(256);
 }
 #undef WORD
 }  // namespace

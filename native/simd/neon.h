@@ -3,6 +3,7 @@
 #pragma once
 
 #include <arm_neon.h>
+#include <string.h>
 
 #define TILEFOLD_BYTES 16
 #define TILEFOLD_REGISTERS 32
@@ -11,6 +12,7 @@
 #define TILEFOLD_HAS_ANY
 #define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
+#define TILEFOLD_HAS_SPREAD_BYTES
 
 namespace {
 #define WORD inline __attribute__((always_inline))
@@ -39,6 +41,16 @@ WORD bool any(M m) {
     return vmaxvq_u32((uint32x4_t)m) != 0;
 }
 WORD uint32x4_t spread(const void* p) { return vmovl_u16(vld1_u16(static_cast<const uint16_t*>(p))); }
+WORD int32x4_t spread_bytes(const void* p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
+}
+WORD uint64x2_t spread_pairs(const void* p) {
+    uint16_t two;
+    memcpy(&two, p, sizeof two);
+    return vmovl_u32(vget_low_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(two))))));
+}
 }  // namespace
 
 #include "words.h"

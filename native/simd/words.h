@@ -241,6 +241,68 @@ TILEFOLD_INLINE F64 widen(const double* p) { return load(p); }
 TILEFOLD_INLINE void narrow(float* p, F32 x) { store(p, x); }
 TILEFOLD_INLINE void narrow(double* p, F64 x) { store(p, x); }
 
+// ---- codes: storage of keys and values only, which a scale makes numbers of (pack.inl) ----
+
+struct Int8 {
+    static constexpr int EACH = 1;
+    int8_t bits;
+};
+// A sign, four bits of exponent and three of mantissa; no infinity, and one NaN of either sign.
+struct Float8 {
+    static constexpr int EACH = 1;
+    uint8_t bits;
+};
+// Two to a byte, the first one in the lower half.
+struct Int4 {
+    static constexpr int EACH = 2;
+    uint8_t bits;
+};
+using I32 = Vec<int32_t>;
+using U64 = Vec<uint64_t>;
+
+#ifndef TILEFOLD_HAS_SPREAD_BYTES
+// A vector's number of bytes, each with its sign in 32 bits.
+TILEFOLD_INLINE I32 spread_bytes(const void* p) {
+    I32 x;
+    for (int i = 0; i < LANES<float>; i++) x[i] = static_cast<const int8_t*>(p)[i];
+    return x;
+}
+// Half as many, each in 64 bits.
+TILEFOLD_INLINE U64 spread_pairs(const void* p) {
+    U64 x;
+    for (int i = 0; i < LANES<double>; i++) x[i] = static_cast<const uint8_t*>(p)[i];
+    return x;
+}
+#endif
+
+// Of one code, of which element `n` of its byte.
+TILEFOLD_INLINE float one(Int8 x, int64_t) { return x.bits; }
+TILEFOLD_INLINE float one(Int4 x, int64_t n) { return float(int8_t(n ? x.bits : x.bits << 4) >> 4); }
+TILEFOLD_INLINE float one(Float8 x, int64_t) {
+    const uint32_t sign = uint32_t(x.bits & 0x80) << 24, rest = uint32_t(x.bits & 0x7f) << 20;
+    // Subnormal numbers are taken for twice as large ones with a leading 1, which is taken off again.
+    const float small = bits_as<float>(rest + 0x3c800000u) - 0x1p-6f;
+    const uint32_t y = rest >= 0x07f00000u  ? 0x7fc00000u
+                       : rest < 0x00800000u ? bits_as<uint32_t>(small)
+                                            : rest + 0x3c000000u;
+    return bits_as<float>(y | sign);
+}
+TILEFOLD_INLINE F32 widen(const Int8* p) { return __builtin_convertvector(bits_as<I32>(spread_bytes(p)), F32); }
+TILEFOLD_INLINE F32 widen(const Int4* p) {
+    const U64 bytes = bits_as<U64>(spread_pairs(p)), low = U64{} + 0xffffffffu;
+    const I32 nibbles =
+        bits_as<I32>((bytes << 28 & low) | (bytes << 56 & ~low));  // each at the top of its lane
+    return __builtin_convertvector(nibbles >> 28, F32);
+}
+#ifndef TILEFOLD_HAS_FLOAT8
+TILEFOLD_INLINE F32 widen(const Float8* p) {
+    const U32 x = bits_as<U32>(spread_bytes(p)), sign = x & 0x80000000u, rest = (x & 0x7f) << 20;
+    const U32 small = bits_as<U32>(bits_as<F32>(rest + 0x3c800000u) - set<float>(0x1p-6f));
+    const U32 y = (rest < 0x00800000u) ? small : rest + 0x3c000000u;
+    return bits_as<F32>(((rest >= 0x07f00000u) ? U32{} + 0x7fc00000u : y) | sign);
+}
+#endif
+
 // ---- words made of words ----
 
 // x = k · ln(2) + f with an integer k: f, and 2^k.

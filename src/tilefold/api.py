@@ -15,10 +15,11 @@ import numpy as np
 from . import shortcut
 from .arrays import door_of, enter_floats, leave
 from .call import DROPOUT, Call, Options, differentiated, flag, folded, understand
+from .dtypes import CODES
 from .layouts import empty_like, frames
 from .masks import Mask
 from .plan import Plan, backend_of
-from .problem import Has, Problem, Want
+from .problem import Has, Operands, Problem, Want
 from .replay import Grads, Probe
 from .stats import OnlineStats
 from .tiles import visible_in_band
@@ -290,8 +291,8 @@ def _check_parts(parts: Sequence[tuple[Array, Array]]) -> None:
 
 
 class Explanation(SimpleNamespace):
-    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes`, `exact`, `shared`
-    (keys that a cascade reads once for all sequences)."""
+    """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes` (of inputs and output)
+    and of these `kv_bytes`, `exact`, `shared` (keys that a cascade reads once for all sequences)."""
 
     problem: Problem
     plan: Plan
@@ -299,6 +300,7 @@ class Explanation(SimpleNamespace):
     cells: int
     flops: int
     bytes: int
+    kv_bytes: int
     exact: bool
     shared: int
 
@@ -316,7 +318,8 @@ class Explanation(SimpleNamespace):
             f"work        {most}{self.cells:,} visible cells, {self.flops / 1e9:,.2f} GFLOP",
             f"workspace   {size(plan.workspace_bytes)}; the score matrix would take {size(p.score_bytes)} "
             f"({matrix / max(plan.workspace_bytes, 1):,.0f} x)",
-            f"traffic     inputs and output are {size(self.bytes)}",
+            f"traffic     inputs and output are {size(self.bytes)}, keys and values "
+            f"{size(self.kv_bytes)} of {p.kv_dtype}" + (" and scales" if p.kv_dtype in CODES else ""),
         ]
         if self.shared:
             lines.append(f"cascade     the first {self.shared} keys are folded once for {p.batch} sequences")
@@ -356,9 +359,7 @@ def explain(
     else:
         cells = visible_in_band(p.band, p.q_len, p.kv_len) * p.batch * p.heads
     out_bytes = x.q.size // max(p.dim, 1) * p.v_dim * x.q.itemsize
-    kv_bytes = x.k.nbytes + x.v.nbytes
-    if x.table is not None and x.kv_ends is not None:  # pages hold more than these sequences
-        kv_bytes = int(x.kv_ends.sum()) * p.kv_heads * (p.dim + p.v_dim) * x.k.itemsize
+    kv_bytes = _kv_bytes(p, x)
     return Explanation(
         problem=p,
         plan=call.plan,
@@ -366,6 +367,17 @@ def explain(
         cells=cells,
         flops=2 * cells * (p.dim + p.v_dim),
         bytes=x.q.nbytes + kv_bytes + out_bytes,
+        kv_bytes=kv_bytes,
         exact=x.mask is None and x.bias is None,
         shared=call.shared * x.k.shape[-2],
     )
+
+
+def _kv_bytes(p: Problem, x: Operands) -> int:
+    """Of keys and values, scales included. Pages hold more than the sequences of a call: only their rows count."""
+    arrays = [a for a in (x.k, x.v, x.k_scale, x.v_scale) if a is not None]
+    if x.table is None or x.kv_ends is None:
+        return sum(a.nbytes for a in arrays)
+    rows, pages = (int(n.sum()) for n in (x.kv_ends, -(-x.kv_ends // x.k.shape[-2])))
+    read = sum((rows if a.strides[-2] else pages) * a.shape[-1] * a.itemsize for a in arrays)
+    return int(p.kv_heads * read)

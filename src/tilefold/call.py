@@ -15,7 +15,7 @@ import numpy as np
 
 from .arrays import enter, enter_floats
 from .caches import cascade
-from .dtypes import ROWS
+from .dtypes import CODES, ROWS, Code, code_of
 from .frameworks import is_traced
 from .layouts import Frame, Stored, empty_like
 from .masks import BandMask, Mask, causal, check_cu_seqlens, dense, split, window
@@ -140,11 +140,13 @@ def understand(
 ) -> Call:
     """Check every argument and make the call; nothing runs."""
     stored = _stored(k, v)
-    if stored is not None:
-        k, v = stored.k, stored.v
-    arrays = {name: enter_floats(name, a) for name, a in (("q", q), ("k", k), ("v", v))}
+    code: Code | None = None
+    if stored is None:
+        arrays = {name: enter_floats(name, a) for name, a in (("q", q), ("k", k), ("v", v))}
+    else:
+        arrays, code, stored = _entered(q, stored)
     if stored is not None and stored.table is not None:
-        _check_pages(arrays, stored)
+        _check_pages(arrays, stored, code)
     else:
         _check_shapes(arrays)
     squeeze = arrays["q"].ndim == 2
@@ -156,6 +158,10 @@ def understand(
     if stored is not None and stored.table is not None:
         x.table = _table(stored.table, len(k))
         kv_len *= x.table.shape[1]
+    if stored is not None and code is not None:
+        x.k_scale = _scales("k_scale", stored.k_scale, k, code)
+        x.v_scale = _scales("v_scale", stored.v_scale, v, code)
+        v_dim *= code.each
     layout, batch = _lengths(o, x, kv_len)
     band = _masks(o, x, kv_len)
     if stored is not None and stored.first is not None:
@@ -170,7 +176,7 @@ def understand(
         dim=dim,
         v_dim=v_dim,
         q_dtype=q.dtype.name,
-        kv_dtype=k.dtype.name,
+        kv_dtype=k.dtype.name if code is None else code.name,
         acc_dtype=ROWS[q.dtype.name].accumulate,
         scale=_number("scale", o.scale, q.dtype) if o.scale is not None else (1 / sqrt(dim) if dim else 1.0),
         softcap=None if o.softcap is None else _number("softcap", o.softcap, q.dtype),
@@ -306,7 +312,55 @@ def _with_lengths(o: Options, stored: Stored) -> Options:
     return replace(o, kv_lengths=stored.lengths)
 
 
-def _check_pages(arrays: dict[str, np.ndarray], stored: Stored) -> None:
+def _entered(q: Any, stored: Stored) -> tuple[dict[str, np.ndarray], Code | None, Stored]:
+    """q and what is stored as arrays, and the codes that the latter are. Codes always lie in pages: of a cache without
+    a table each sequence is one."""
+    keys, values = enter("k", stored.k), enter("v", stored.v)
+    code = code_of(keys.dtype)
+    if code is None and stored.k_scale is None and stored.v_scale is None:
+        return (
+            {name: enter_floats(name, a) for name, a in (("q", q), ("k", keys), ("v", values))},
+            None,
+            stored,
+        )
+    arrays = {"q": enter_floats("q", q), "k": keys, "v": values}
+    if code is None:
+        kinds = ", ".join(f"{c.array} ({c.name})" if c.array != c.name else c.name for c in CODES.values())
+        raise TypeError(f"k must be {kinds} where it has a scale, got {keys.dtype.name}")
+    if values.dtype != keys.dtype:
+        raise TypeError(f"k and v must be stored in one type, got k {keys.dtype.name}, v {values.dtype.name}")
+    if arrays["q"].dtype == np.float64:
+        raise TypeError(
+            f"q must be float16, bfloat16 or float32 with keys and values of {code.name}, got float64"
+        )
+    if stored.table is None and keys.ndim == 4:
+        stored = replace(stored, table=np.arange(len(keys))[:, None])
+    return arrays, code, stored
+
+
+def _scales(name: str, given: Any, codes: np.ndarray, code: Code) -> np.ndarray:
+    """The scales of codes as a view ``(pages, kv_heads, page, groups)``."""
+    if given is None:
+        raise TypeError(f"{name} must be given where keys and values are {code.name}")
+    scale = enter(name, given)
+    if scale.dtype != np.float32:
+        raise TypeError(f"{name} must be float32, got {scale.dtype.name}")
+    rows, dim = codes.shape[:-1], codes.shape[-1] * code.each
+    if scale.shape == rows[:-1]:
+        return np.broadcast_to(scale[..., None, None], (*rows, 1))
+    if scale.shape == rows:
+        return scale[..., None]
+    groups = scale.shape[-1] if scale.shape[:-1] == rows else 0
+    if not groups or dim % groups or dim // groups % code.each:
+        whole = " of an even number of dims" if code.each > 1 else ""
+        raise ValueError(
+            f"{name} must have shape (pages, kv_heads) = {rows[:-1]}, (pages, kv_heads, page) = {rows}, or one more "
+            f"axis of groups that divide {dim} dims into parts{whole}; got {scale.shape}"
+        )
+    return scale
+
+
+def _check_pages(arrays: dict[str, np.ndarray], stored: Stored, code: Code | None) -> None:
     q, k, v = arrays.values()
     for name, a in arrays.items():
         if a.ndim != 4:
@@ -314,14 +368,17 @@ def _check_pages(arrays: dict[str, np.ndarray], stored: Stored) -> None:
                 f"with pages q must be (batch, heads, length, dim), k and v (pages, heads, page, dim); "
                 f"got {name} {a.shape}"
             )
-        if a.dtype != q.dtype:
+        if code is None and a.dtype != q.dtype:
             raise TypeError(
                 f"q and the cache must have one dtype, got q {q.dtype.name}, {name} {a.dtype.name}"
             )
     if k.shape[:-1] != v.shape[:-1] or not k.shape[-2]:
         raise ValueError(f"k and v must have the same pages of at least one row, got {k.shape} and {v.shape}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"q and the cache must have the same last dimension, got q {q.shape}, k {k.shape}")
+    if k.shape[-1] * (1 if code is None else code.each) != q.shape[-1]:
+        two = "" if code is None or code.each == 1 else ", two dims to a byte"
+        raise ValueError(
+            f"q and the cache must have the same last dimension, got q {q.shape}, k {k.shape}{two}"
+        )
     if len(stored.table) != len(q):
         raise ValueError(f"the cache holds {len(stored.table)} sequences, q has {len(q)}")
 

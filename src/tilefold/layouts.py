@@ -45,6 +45,11 @@ class Stored:
     k and v ``(B, Hkv, capacity, D or Dv)``, or with a `table` ``(B, n)`` of pages ``(pages, Hkv, page, D or Dv)``;
     `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone, but for
     the first `kept` of all. With `cascade`, pages that all sequences begin with may be folded once for all.
+
+    Keys and values may be codes: int8 or float8_e4m3fn, or uint8, which holds two int4 in a byte, the first in its low
+    half, so that the last axis is half as long. Then `k_scale` and `v_scale` are float32, the shape of k and v without
+    the last axis (a scale per row and head), without the last two (per page and head), or with groups of neighbouring
+    dims in the place of the last one; a key is its codes times their scale, rounded to the type of the queries.
     """
 
     k: Any
@@ -54,22 +59,42 @@ class Stored:
     first: Any = None
     kept: int = 0
     cascade: bool = False
+    k_scale: Any = None
+    v_scale: Any = None
 
 
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
-    """The same with its pages one after another, in a copy of what the sequences use."""
+    """The same with its pages one after another and its codes decoded, in a copy of what the sequences use."""
     assert x.table is not None and x.kv_ends is not None
     page = x.k.shape[-2]
     used = -(-int(x.kv_ends.max(initial=0)) // page)
     table = x.table[:, :used]
     dense = []
-    for pages in (x.k, x.v):
-        rows = pages[np.maximum(table, 0)]  # (B, used, Hkv, page, dim)
+    for pages, scale in ((x.k, x.k_scale), (x.v, x.v_scale)):
+        some = np.maximum(table, 0)
+        rows = pages[some]  # (B, used, Hkv, page, dim)
+        if scale is not None:
+            rows = decoded(rows, scale[some], x.q.dtype)
         rows[table < 0] = 0
         dense.append(rows.swapaxes(1, 2).reshape(len(table), p.kv_heads, used * page, -1))
     k, v = dense
     kv_len = used * page
-    return replace(p, layout=Layout.DENSE, kv_len=kv_len), replace(x, k=k, v=v, table=None)
+    p = replace(p, layout=Layout.DENSE, kv_len=kv_len, kv_dtype=p.q_dtype)
+    return p, replace(x, k=k, v=v, table=None, k_scale=None, v_scale=None)
+
+
+def decoded(codes: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Codes ``(..., n)`` times their float32 scales ``(..., groups)``, rounded to `dtype`."""
+    if (
+        codes.dtype == np.uint8
+    ):  # two int4 in a byte: either half is moved to the top, and down again with its sign
+        halves = np.stack([codes << 4, codes], axis=-1).view(np.int8) >> 4
+        codes = halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    numbers = codes.astype(np.float32, order="C")  # or reshaping might copy
+    groups = numbers.reshape(*scale.shape, numbers.shape[-1] // max(scale.shape[-1], 1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        groups *= scale[..., None]
+        return numbers.astype(dtype, copy=False)
 
 
 def frames(p: Problem, x: Operands) -> Iterator[Frame]:

@@ -128,6 +128,8 @@ class Problem:
         words = [self.q_dtype, f"b{self.batch}", heads, f"q{self.q_len}", f"k{self.kv_len}", f"d{self.dim}"]
         if self.v_dim != self.dim:
             words.append(f"v{self.v_dim}")
+        if self.kv_dtype != self.q_dtype:
+            words.append(f"kv={self.kv_dtype}")
         if not self.band.unlimited:
             words.append("band=" + ",".join("-" if x is None else str(x) for x in self.band))
         if self.softcap is not None:
@@ -148,7 +150,8 @@ class Operands:
     ever expanded in memory. `q_ends` and
     `kv_ends` are private copies: cumulative lengths (VARLEN) or one length per batch item (LENGTHS). PAGED, k and v are
     ``(pages, Hkv, page, D or Dv)``, and `table` ``(B, n)`` says which page holds rows ``n * page`` and on of each item;
-    -1 is no page: nobody sees those rows.
+    -1 is no page: nobody sees those rows. Where k and v are codes (see `dtypes.CODES`), `k_scale` and `v_scale` are
+    float32 views ``(pages, Hkv, page, groups)``: what each group of neighbouring dims is multiplied by.
     """
 
     q: np.ndarray
@@ -164,6 +167,8 @@ class Operands:
     q_ends: np.ndarray | None = None
     kv_ends: np.ndarray | None = None
     table: np.ndarray | None = None
+    k_scale: np.ndarray | None = None
+    v_scale: np.ndarray | None = None
 
     @property
     def lead(self) -> tuple[int, ...]:

@@ -99,7 +99,8 @@ class NativeBackend:
         run, whose = running(plan).run, team()
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
         arrays = _arrays(p, x, _plain(out), x.lse)
-        reports = [run(*arrays, x.table, *part, whose) for part in _parts(plan, x, rows)]
+        arrays += [x.table, *(None if a is None else _as_core_reads(a) for a in (x.k_scale, x.v_scale))]
+        reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):
             refuse_infinite(x.given_bias, p.accumulate)
         if out is not x.out:
@@ -180,8 +181,8 @@ def _as_core_reads(x: np.ndarray) -> np.ndarray:
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-    """bfloat16, which NumPy's buffers do not know, as the integers that it is made of."""
-    return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
+    """Types that NumPy's buffers do not know as the integers that they are made of."""
+    return x.view(f"u{x.itemsize}") if x.dtype.name in ("bfloat16", "float8_e4m3fn") else x
 
 
 def _as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,6 +6,7 @@ pages and what else it holds change no bit of a result, for the core folds keys 
 
 from .contiguous import KVCache
 from .paged import PagedKVCache
+from .quantised import dequantise, quantise
 from .rows import CacheFull
 
-__all__ = ["CacheFull", "KVCache", "PagedKVCache"]
+__all__ = ["CacheFull", "KVCache", "PagedKVCache", "dequantise", "quantise"]

@@ -1,6 +1,6 @@
 """A tensor as a NumPy view of its memory, and back.
 
-NumPy has no bfloat16 of its own: `ml_dtypes` brings it. What lies elsewhere, or does not lie as it reads (negated
+NumPy has no bfloat16 and no float8: `ml_dtypes` brings them. What lies elsewhere, or does not lie as it reads (negated
 views, sparse tensors, tensors that stand for others), is brought here where that is a copy of the tensor, else refused.
 """
 
@@ -12,21 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Types that NumPy does not have: their names there, and the tensors of the same bits.
+FOREIGN = {
+    torch.bfloat16: ("bfloat16", torch.uint16),
+    torch.float8_e4m3fn: ("float8_e4m3fn", torch.uint8),
+}
+
 
 def enter(name: str, x: Tensor) -> np.ndarray:
     """The argument `name` as a view; never a copy, but for negated views."""
     if (why := _why_not(x)) is not None:
         raise TypeError(f"{name} {why}")
     x = x.detach().resolve_neg()
-    if x.dtype == torch.bfloat16:
-        return np.asarray(x.view(torch.uint16).numpy().view(_bfloat16()))
+    if x.dtype in FOREIGN:
+        name, bits = FOREIGN[x.dtype]
+        return np.asarray(x.view(bits).numpy().view(brought(name)))
     return x.numpy()
 
 
 def leave(x: np.ndarray) -> Tensor:
     """An array that a call made, as a tensor over the same memory."""
-    if x.dtype.name == "bfloat16":
-        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+    for dtype, (name, _) in FOREIGN.items():
+        if x.dtype.name == name:
+            return torch.from_numpy(x.view(f"u{x.itemsize}")).view(dtype)
     return torch.from_numpy(x)
 
 
@@ -48,14 +56,15 @@ def _why_not(x: Tensor) -> str | None:
     return None
 
 
-def _bfloat16() -> np.dtype:
+def brought(name: str) -> np.dtype:
+    """A type that NumPy does not have."""
     try:
-        from ml_dtypes import bfloat16
+        import ml_dtypes
     except ImportError:
         raise ImportError(
-            "bfloat16 tensors need the package ml_dtypes: pip install 'tilefold[torch]'"
+            f"{name} tensors need the package ml_dtypes: pip install 'tilefold[torch]'"
         ) from None
-    return np.dtype(bfloat16)
+    return np.dtype(getattr(ml_dtypes, name))
 
 
 def order_of(model: Tensor) -> tuple[list[int], list[int]]:

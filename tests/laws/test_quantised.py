@@ -1,0 +1,280 @@
+"""Attention over codes is attention over the numbers that they stand for: the same bits on the native core, within the
+budget on NumPy, whatever the types, the pages, the rows and the mask. Unused rows hold NaN scales, which reach nothing.
+
+What a code stands for is computed here, code by code in double precision, without the library.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from bits import assert_same_bits
+from budgets import judge, rounds_weights
+
+import tilefold as tf
+from tilefold.caches import dequantise, quantise
+from tilefold.dtypes import CODES, ROWS, code_of
+from tilefold.layouts import Stored
+from tilefold.naive import naive
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
+
+TYPES = ("float16", "bfloat16", "float32")
+KINDS = tuple(CODES)
+LENGTHS = (75, 0, 41)  # of three sequences
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (20, 3)},
+    "softcap, sinks": {"causal": True, "softcap": 3.0, "sinks": [0.5, -1.0, 0.0, 2.0]},
+    "alibi": {"alibi": [0.5, 0.25, 0.01, 0.002]},
+}
+
+
+@dataclass
+class Cache:
+    """What a cache keeps: a call asks for nothing else."""
+
+    held: Stored
+
+    def stored(self) -> Stored:
+        return self.held
+
+
+def meant(kind: str) -> np.ndarray:
+    """What each of 256 bytes stands for; (256, 2) for int4."""
+    byte = np.arange(256)
+    if kind == "int8":
+        return np.where(byte < 128, byte, byte - 256).astype(float)
+    if kind == "int4":
+        halves = np.stack([byte & 15, byte >> 4], axis=-1)
+        return np.where(halves < 8, halves, halves - 16).astype(float)
+    e, m = byte >> 3 & 15, byte & 7
+    size = np.where(e > 0, (8.0 + m) * 2.0 ** (e - 10), m * 2.0**-9)
+    size[(byte & 127) == 127] = np.nan
+    return np.where(byte < 128, size, -size)
+
+
+def numbers(codes: np.ndarray, scales: np.ndarray, kind: str, dtype: str) -> np.ndarray:
+    """Codes ``(..., n)`` times scales ``(..., groups)``: exact in double, then rounded to float32, then to `dtype`."""
+    exact = meant(kind)[codes.view(np.uint8)].reshape(*codes.shape[:-1], -1)
+    exact = exact * np.repeat(scales.astype(float), exact.shape[-1] // scales.shape[-1], axis=-1)
+    return exact.astype(np.float32).astype(numpy_type(dtype))
+
+
+def numpy_type(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name)) if name in ("bfloat16", "float8_e4m3fn") else np.dtype(name)
+
+
+def random_codes(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Any codes that stand for a number."""
+    codes = rng.integers(0, 256, (*shape[:-1], shape[-1] // CODES[kind].each), np.uint8)
+    if kind == "float8_e4m3fn":
+        codes[(codes & 127) == 127] = 0x6B
+    return codes.view(numpy_type(CODES[kind].array))
+
+
+def scales_of(rng: np.random.Generator, shape: tuple[int, ...], each: str, groups: int) -> np.ndarray:
+    """Scales for rows ``(pages, kv_heads, page)``: per row, per page, or per group of dims."""
+    shape = {"row": shape, "page": shape[:2], "group": (*shape, groups)}[each]
+    return rng.uniform(0.001, 0.02, shape).astype(np.float32)
+
+
+@dataclass
+class Twins:
+    """The same keys and values as codes in pages, which lie anyhow, and as plain arrays behind `lengths`."""
+
+    q: np.ndarray
+    cache: Cache
+    k: np.ndarray
+    v: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def made(
+        cls, kind: str, dtype: str, page: int, q_len: int, each: str = "row", heads: int = 4, kv_heads: int = 2,
+        dim: int = 64, v_dim: int = 48, seed: int = 0,
+    ) -> "Twins":  # fmt: skip
+        rng = np.random.default_rng([seed, page, q_len, dim])
+        used = -(-max(LENGTHS) // page)
+        pages = len(LENGTHS) * used + 2
+        table = rng.permutation(pages)[: len(LENGTHS) * used].reshape(len(LENGTHS), used)
+        holds = np.zeros((pages, page), bool)
+        for row, length in zip(table, LENGTHS, strict=True):
+            for n, number in enumerate(row):
+                holds[number, : max(length - n * page, 0)] = True
+            row[-(-length // page) :] = -1
+        stored, dense = [], []
+        for width in (dim, v_dim):
+            codes = random_codes(rng, (pages, kv_heads, page, width), kind)
+            scales = scales_of(rng, (pages, kv_heads, page), each, width // 16)
+            if each == "page":
+                scales[~holds.any(axis=1)] = np.nan
+            else:
+                np.moveaxis(scales, 1, 2)[~holds] = np.nan
+            of_rows = scales.reshape(*scales.shape, *[1] * (4 - scales.ndim))
+            of_rows = np.broadcast_to(of_rows, (pages, kv_heads, page, of_rows.shape[-1]))
+            rows = numbers(codes, of_rows, kind, dtype)[np.maximum(table, 0)]
+            dense.append(rows.swapaxes(1, 2).reshape(len(LENGTHS), kv_heads, -1, width))
+            stored += [codes, scales]
+        lengths = np.array(LENGTHS)
+        q = rng.standard_normal((len(LENGTHS), heads, q_len, dim)).astype(numpy_type(dtype))
+        k, k_scale, v, v_scale = stored
+        return cls(
+            q, Cache(Stored(k, v, lengths, table, None, k_scale=k_scale, v_scale=v_scale)), *dense, lengths
+        )
+
+    def both(self, **options: Any) -> tuple[Any, Any]:
+        """(out, lse) over codes and over numbers."""
+        return (
+            tf.attention(self.q, self.cache, return_lse=True, **options),
+            tf.attention(self.q, self.k, self.v, kv_lengths=self.lengths, return_lse=True, **options),
+        )
+
+
+native = pytest.mark.usefixtures("core")
+
+
+@pytest.fixture
+def core() -> None:
+    pytest.importorskip("tilefold._core", reason="tilefold was installed without its native core")
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_codes_have_the_bits_of_their_numbers(dtype, kind):
+    for page in (1, 5, 16, 80):
+        for q_len in (1, 3, 40):
+            twins = Twins.made(kind, dtype, page, q_len)
+            for name, options in MASKS.items():
+                assert_same_bits(
+                    *twins.both(backend="native", **options), f"{name}, page {page}, {q_len} rows"
+                )
+
+
+@native
+@pytest.mark.parametrize("each", ["row", "page", "group"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_per_row_page_and_group(kind, each):
+    for dtype in TYPES:
+        for dim, v_dim in ((64, 48), (16, 80), (128, 160)):
+            for heads, kv_heads in ((4, 4), (6, 2), (5, 1)):
+                twins = Twins.made(kind, dtype, 7, 2, each, heads, kv_heads, dim, v_dim)
+                assert_same_bits(
+                    *twins.both(backend="native", causal=True), f"{dtype} h{heads}/{kv_heads} d{dim} v{v_dim}"
+                )
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_code(dtype, kind):
+    """All 256 bytes as values that one query sees alone, in rows of every width up to three vectors."""
+    byte = np.arange(256, dtype=np.uint8).view(numpy_type(CODES[kind].array))
+    scale = np.full((256, 1, 1), 0.0078, np.float32)
+    for width in range(1, 49):
+        codes = np.repeat(byte, width).reshape(256, 1, 1, width)
+        dim = width * CODES[kind].each
+        cache = Cache(
+            Stored(codes, codes, np.ones(256, int), np.arange(256)[:, None], k_scale=scale * 0, v_scale=scale)
+        )
+        q = np.zeros((256, 1, 1, dim), numpy_type(dtype))
+        out = tf.attention(q, cache, backend="native")
+        right = numbers(codes, scale[..., None], kind, dtype)
+        spoilt = np.isnan(right)
+        assert np.isnan(out[spoilt]).all() and (out[~spoilt] == right[~spoilt]).all(), width
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_strides(kind):
+    """Codes and scales reversed, in other orders of axes and with gaps."""
+    twins = Twins.made(kind, "float32", 5, 3, "group")
+    held = twins.cache.held
+    right = tf.attention(twins.q, twins.cache, return_lse=True, backend="native")
+    for order in ((0, 1, 2, 3), (2, 0, 1, 3), (3, 1, 0, 2)):
+        for step in (1, -1, 3):
+            moved = [_laid(x, order, step) for x in (held.k, held.v, held.k_scale, held.v_scale)]
+            cache = Cache(Stored(*moved[:2], held.lengths, held.table, k_scale=moved[2], v_scale=moved[3]))
+            assert_same_bits(
+                tf.attention(twins.q, cache, return_lse=True, backend="native"), right, f"{order} {step}"
+            )
+
+
+def _laid(x: np.ndarray, order: tuple[int, ...], step: int) -> np.ndarray:
+    """The same numbers, with axes in the order `order` in memory and every `step`-th element of the last one in use."""
+    back = np.argsort(order)
+    there = x.transpose(order)
+    memory = np.zeros((*there.shape[:-1], there.shape[-1] * abs(step)), x.dtype)
+    lies = memory[..., ::step]
+    lies[...] = there
+    assert lies.strides[-1] == step * x.itemsize
+    return lies.transpose(back)
+
+
+@native
+def test_plans_threads_and_splits_change_nothing():
+    twins = Twins.made("int8", "bfloat16", 16, 40)
+    plan = tf.explain(twins.q, twins.cache, return_lse=True, backend="native").plan
+    right = tf.attention(twins.q, twins.cache, return_lse=True, backend="native")
+    for changes in ({"block_q": 1}, {"block_q": 8, "workers": 3}, {"splits": 2, "workers": 2}):
+        other = type(plan)(**{name: getattr(plan, name) for name in plan.__slots__} | changes)
+        assert_same_bits(tf.attention(twins.q, twins.cache, return_lse=True, plan=other), right, changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_numpy_is_within_the_budget(dtype, kind):
+    acc = ROWS[dtype].accumulate
+    for page, q_len, each in ((1, 1, "row"), (16, 40, "group"), (80, 3, "page")):
+        twins = Twins.made(kind, dtype, page, q_len, each)
+        for name, options in MASKS.items():
+            got = tf.attention(twins.q, twins.cache, return_lse=True, backend="numpy", **options)
+            options = options | {"kv_lengths": twins.lengths}
+            arrays = twins.q, twins.k, twins.v
+            right = naive(*arrays, **options, dtype=np.float64)
+            plain = naive(*arrays, **options, dtype=acc)
+            narrow = rounds_weights(dtype)
+            rounded = naive(*arrays, **options, dtype=acc, weights_dtype=narrow)[0] if narrow else None
+            for what, x, y, z, to in zip(("out", "lse"), got, plain, right, (dtype, acc), strict=True):
+                error = judge(what, x, [y], z, to, rounded if what == "out" else None)
+                assert error.ok, f"{name}, page {page}, {q_len} rows: {error}"
+
+
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+def test_a_cache_without_a_table_is_a_page_per_sequence(backend, request):
+    if backend == "native":
+        request.getfixturevalue("core")
+    rng = np.random.default_rng(3)
+    k, v = rng.standard_normal((2, 2, 2, 33, 32)).astype(np.float32)
+    q = rng.standard_normal((2, 4, 5, 32)).astype(np.float32)
+    (k_codes, k_scale), (v_codes, v_scale) = quantise(k, "int8"), quantise(v, "int8", group=16)
+    lengths = np.array([33, 9])
+    cache = Cache(Stored(k_codes, v_codes, lengths, k_scale=k_scale, v_scale=v_scale))
+    got = tf.attention(q, cache, causal=True, return_lse=True, backend=backend)
+    dense = dequantise(k_codes, k_scale), dequantise(v_codes, v_scale)
+    right = tf.attention(q, *dense, causal=True, kv_lengths=lengths, return_lse=True, backend=backend)
+    assert_same_bits(got, right)
+
+
+@native
+def test_nan_in_a_key_that_is_seen_reaches_those_who_see_it():
+    twins = Twins.made("int8", "float32", 16, 40)
+    held = twins.cache.held
+    page = held.table[0, 4]
+    held.k_scale[page, :, 74 % 16] = np.nan  # the last key of the first sequence
+    out = tf.attention(twins.q, twins.cache, causal=True, backend="native")
+    spoilt = np.isnan(out).any(axis=(1, 3))
+    assert spoilt[0].tolist() == [False] * 39 + [True] and not spoilt[1:].any()
+
+
+def test_dequantise_gives_what_attention_computes_with():
+    rng = np.random.default_rng(5)
+    for kind in KINDS:
+        for dtype in TYPES:
+            codes = random_codes(rng, (3, 7, 32), kind)
+            scales = rng.uniform(0.001, 0.02, (3, 7, 4)).astype(np.float32)
+            assert_same_bits(dequantise(codes, scales, dtype), numbers(codes, scales, kind, dtype), kind)
+            assert code_of(codes.dtype) is CODES[kind]
