@@ -250,12 +250,12 @@ class PagedKVCache:
     @property
     def k(self) -> Any:
         """The memory of the keys ``(pages, kv_heads, page, dim)``; rows that no sequence has hold anything."""
-        return self._pool.rows.shown(self._pool.k.swapaxes(1, 2))
+        return self._pool.rows.shown(self._pool.k)
 
     @property
     def v(self) -> Any:
         """The memory of the values ``(pages, kv_heads, page, v_dim)``."""
-        return self._pool.rows.shown(self._pool.v.swapaxes(1, 2))
+        return self._pool.rows.shown(self._pool.v)
 
     def __repr__(self) -> str:
         r = self._pool.rows
@@ -362,7 +362,7 @@ class PagedKVCache:
         """The rows of these pages, in the order of a file."""
         for x in (self._pool.k, self._pool.v):
             for page, rows in filled.items():
-                yield x[page, :rows]
+                yield from (head[:rows] for head in x[page])
 
     def _stored(self, ids: tuple[int, ...]) -> Stored:
         sequences = [self._of(id) for id in ids]
@@ -371,8 +371,7 @@ class PagedKVCache:
             row[: len(s.pages)] = s.pages
         lengths = np.array([s.length for s in sequences], np.int64)
         first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
-        k, v = (x.swapaxes(1, 2) for x in (self._pool.k, self._pool.v))
-        return Stored(k, v, lengths, table, first, self._anchors)
+        return Stored(self._pool.k, self._pool.v, lengths, table, first, self._anchors)
 
 
 @dataclass(frozen=True, slots=True)
