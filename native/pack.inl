@@ -82,6 +82,11 @@ Rowed<T> bring(const Call& c, const Unit& u, const void* base, const float* scal
     T* to = own;
     each_page(c, u, k0, k1, [&](int64_t page, int64_t at, int64_t n) {
         const T* row = from + page * p.step + at * s.row;
+        if (page >= 0 && s.col == 1 && s.row == width) {
+            memcpy(to, row, size_t(n * width) * sizeof(T));
+            to += n * width;
+            return;
+        }
         for (int64_t i = 0; i < n; i++, row += s.row, to += width)
             if (page < 0)
                 memset(to, 0, size_t(width) * sizeof(T));

@@ -84,6 +84,7 @@ struct Replay {
     A *q_pairs, *dout_pairs;  // in tiles: [2][ROW_PAIRS][dims · W] and so on, without what is not finite
     E *clean_q, *clean_dout;  // without what is not finite
     E *dq, *delta, *shift, *scale;  // [dim][N], [N] …
+    E* row_sums;                    // [N], of dS, where dbias sums over keys
     bool odd;                       // something of the tile is not finite
     // Of the block.
     E *p, *ds, *before_bias, *clean_keys;  // [block][N] …; scores after the softcap; [block][dim]
@@ -120,6 +121,7 @@ struct Replay {
         delta = a.template take<E>(N);
         shift = a.template take<E>(N);
         scale = a.template take<E>(N);
+        row_sums = a.template take<E>(N);
         p = a.template take<E>(c.block_k * N);
         ds = a.template take<E>(c.block_k * N);
         before_bias = a.template take<E>(capped ? c.block_k * N : 0);
@@ -216,6 +218,7 @@ struct Replay {
             pair_rows(odd ? clean_dout : dout, v_dims * W, dout_pairs);
         }
         memset(dq, 0, size_t(c.dim * N) * sizeof(E));
+        memset(row_sums, 0, N * sizeof(E));
     }
     // Rows of bf16 numbers as pairs of neighbours, [ROW_PAIRS][pitch], twice: for the halves of what they are
     // multiplied with. Rows that do not exist are 0.
@@ -350,29 +353,16 @@ struct Replay {
         }
     }
 
-    // What belongs to one element is first added up within the block: where terms are alike, one chain
-    // through all cells of a call errs by a share of as many roundings as it has terms.
+    // What belongs to one element is first added up within the block, or over all keys of the tile: where
+    // terms are alike, one chain through all cells of a call errs by a share of as many roundings as it has
+    // terms.
     void add_bias(int64_t j0, int64_t n) const {
+        if (g.dbias.col == 0) return add_to_row_sums(n);
         E* const base = static_cast<E*>(to.dbias) + j0 * g.dbias.col;
         for (int i = 0; i < NR; i++) {
             const int64_t count = within(lanes.rows - i * W, 0, W);
             int64_t at[W], first[W];
-            place_bias(i, count, at, first);
-            if (g.dbias.col == 0) {
-                Vec<E> sum{};
-                for (int64_t j = 0; j < n; j += 8) {
-                    Vec<E> few{};
-                    for (int64_t k = j; k < least(j + 8, n); k++) few += load(ds + k * N + i * W);
-                    sum += few;
-                }
-                E x[W];
-                store(x, sum);
-                for (int64_t r = 0; r < count; r++)
-                    if (first[r] != r) x[first[r]] += x[r];
-                for (int64_t r = 0; r < count; r++)
-                    if (first[r] == r) base[at[r]] += x[r];
-                continue;
-            }
+            place_bias(i * W, count, at, first);
             for (int64_t j = 0; j < n; j += W) {
                 Vec<E> x[W];
                 each<W>([&](auto k) TILEFOLD_LAMBDA {
@@ -387,9 +377,30 @@ struct Replay {
         }
     }
 
-    // Where the rows of vector i lie in dbias, and the first of them that lies where each does.
-    void place_bias(int i, int64_t count, int64_t* at, int64_t* first) const {
-        Row row(lanes.r0 + least(i * W, lanes.rows - 1), c.group);
+    void add_to_row_sums(int64_t n) const {
+        for (int i = 0; i < NR; i++) {
+            Vec<E> sum{};
+            for (int64_t j = 0; j < n; j += 8) {
+                Vec<E> few{};
+                for (int64_t k = j; k < least(j + 8, n); k++) few += load(ds + k * N + i * W);
+                sum += few;
+            }
+            store(row_sums + i * W, load(row_sums + i * W) + sum);
+        }
+    }
+
+    void add_row_sums() const {
+        int64_t at[N], first[N];
+        place_bias(0, lanes.rows, at, first);
+        for (int64_t r = 0; r < lanes.rows; r++)
+            if (first[r] != r) row_sums[first[r]] += row_sums[r];
+        for (int64_t r = 0; r < lanes.rows; r++)
+            if (first[r] == r) static_cast<E*>(to.dbias)[at[r]] += row_sums[r];
+    }
+
+    // Where `count` rows of the tile lie in dbias, and the first of them that lies where each does.
+    void place_bias(int64_t r0, int64_t count, int64_t* at, int64_t* first) const {
+        Row row(lanes.r0 + least(r0, lanes.rows - 1), c.group);
         const bool shared = !g.dbias.row || (!g.dbias.head && c.group > 1);
         for (int64_t r = 0; r < count; r++, row.next()) {
             at[r] = row.at(g.dbias);
@@ -544,6 +555,7 @@ struct Replay {
             const int64_t j0 = most(s0, lanes.sight.first), j1 = least(s1, lanes.sight.last);
             for (int64_t k0 = s0 + (j0 - s0) / c.block_k * c.block_k; k0 < j1; k0 += c.block_k)
                 block(k0, most(k0, j0 / K::KEYS * K::KEYS), least(k0 + c.block_k, j1));
+            if (to.dbias && g.dbias.col == 0) add_row_sums();
             hand_over(tile, number, first, last);
         }
         close_segment();

@@ -233,6 +233,13 @@ class Sweep : Sequences {
     int64_t scratch_bytes_ = 0, state_bytes_ = 0;
 };
 
+// Keys that any row sees, at most.
+double keys_seen(const Problem& p) {
+    const double most = double(p.kv_len);
+    if (p.band.left >= UNLIMITED || p.band.right >= UNLIMITED) return most;
+    return std::min(most, double(p.band.left) + double(p.band.right) + double(p.q_len));
+}
+
 }  // namespace
 
 Settings plan(const Problem& p, const Kernels& k, int threads) {
@@ -246,8 +253,8 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     s.tile_rows = std::min(up(rows, k.lanes), together * k.tile_rows);
     s.block_k = k.block_k;
     const int64_t pieces = units * ceil_div(rows, s.tile_rows), segments = ceil_div(p.kv_len, SEGMENT);
-    // A piece of its own per segment costs a state and a merge.
-    const bool split = p.layout != VARLEN && segments > 1 && threads > 1 && pieces < 4 * threads;
+    // A piece of its own per segment costs a state and a merge, and is in vain where a window shows no more.
+    const bool split = p.layout != VARLEN && keys_seen(p) > SEGMENT && threads > 1 && pieces < 4 * threads;
     s.splits = split ? segments : 1;
     const int64_t worth = threads_worth(2.0 * cells(p) * double(p.dim + p.v_dim));
     const int64_t most = std::min<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, worth);

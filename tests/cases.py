@@ -39,6 +39,10 @@ float32 b2 h4/2 q40 k53 d8 q_lengths=40,12 kv_lengths=53,30 window=5,2 alibi
 float32 h4/2 d16 packed=3,0,9,30/5,2,0,41
 float32 h4/2 d16 packed=3,0,9,30/5,2,0,41 causal sinks softcap=3
 float32 h2 d16 packed=30,40/30,40 causal=top-left
+float32 b2 h4/2 q15 k700 d8 tree=2
+float32 h2 q300 k700 d8 tree=1 window=200,0 nan
+float32 b2 h2 q40 k90 d8 q_lengths=40,11 kv_lengths=90,30 tree=3 alibi
+float32 h2 q53 k30 d8 tree=3
 float32 h2 q40 k53 d8 scale=0
 float32 h2 q40 k53 d8 scale=-0.7
 float32 h2 q40 k53 d8 softcap=2
@@ -116,6 +120,7 @@ bfloat16 h2 q50 k90 d32 order=fortran causal
 bfloat16 h4/1 q2 k2300 d64 causal window=1500,0
 bfloat16 h4/1 q2 k2300 d64 alibi sinks
 bfloat16 h4/2 q40 k153 d16 dense=0.3
+bfloat16 h4/1 q7 k1300 d16 tree=2 nan
 bfloat16 h2 q300 k300 d16 documents=101,90,109 causal
 bfloat16 b2 h4/2 q300 k530 d8 bias=b11k hide=0.5 causal
 bfloat16 b9 h2 q130 k70 d16

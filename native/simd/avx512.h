@@ -3,7 +3,9 @@
 
 // The intrinsics of GCC 12 begin some results as "undefined" and then warn of it.
 #pragma GCC diagnostic push
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 

@@ -2,6 +2,7 @@
 
 from .api import attention, attention_grad, explain, merge, probe
 from .backends.cpu import warn_if_missing
+from .caches import CacheFull, KVCache, PagedKVCache
 from .flash import (
     FlashConfig,
     FlashResult,
@@ -23,6 +24,7 @@ from .masks import (
     lengths,
     prefix,
     spans,
+    tree,
     window,
 )
 from .plan import BackendRefused, Plan
@@ -35,11 +37,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendRefused",
+    "CacheFull",
     "FlashConfig",
     "FlashResult",
     "Grads",
+    "KVCache",
     "Mask",
     "OnlineStats",
+    "PagedKVCache",
     "Plan",
     "Problem",
     "anchors",
@@ -64,6 +69,7 @@ __all__ = [
     "probe",
     "set_num_threads",
     "spans",
+    "tree",
     "window",
 ]
 

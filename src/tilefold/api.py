@@ -67,7 +67,8 @@ def attention(
 
     Args:
         q: queries ``(..., Hq, Sq, D)``; ``(Sq, D)`` is one head.
-        k: keys ``(..., Hkv, Sk, D)``. Hq is a multiple of Hkv; query head h reads key head ``h // (Hq / Hkv)``.
+        k: keys ``(..., Hkv, Sk, D)``. Hq is a multiple of Hkv; query head h reads key head ``h // (Hq / Hkv)``. Or a
+            cache, which stands for keys and values: a `KVCache`, or sequences ``cache[ids]`` of a `PagedKVCache`.
         v: values ``(..., Hkv, Sk, Dv)``.
         mask: a `Mask`, or booleans broadcastable to ``(..., Hq, Sq, Sk)``, True = visible. Combined by ``&`` with
             `causal`, `window` and lengths.
@@ -226,6 +227,11 @@ def attention_grad(
     (2, 50, 16)
     """
     refuse_unknown(options, known=Options.__dataclass_fields__)
+    door = door_of(q)
+    if door is not None and mask is None and dlse is None and backend == "auto":
+        known = door.known_gradients(q, k, v, out, lse, dout, **options)
+        if known is not None:
+            return Grads(*known)
     grads = differentiated(q, k, v, out, lse, dout, dlse, Options(mask=mask, **options), backend=backend)
     return Grads._make(None if g is None else leave(q, g) for g in grads)
 
@@ -286,7 +292,7 @@ def _check_parts(parts: Sequence[tuple[Array, Array]]) -> None:
 
 class Explanation(SimpleNamespace):
     """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes` (of inputs and output)
-    and of these `kv_bytes`, `exact`."""
+    and of these `kv_bytes`, `exact`, `shared` (keys that a cascade reads once for all sequences)."""
 
     problem: Problem
     plan: Plan
@@ -296,6 +302,7 @@ class Explanation(SimpleNamespace):
     bytes: int
     kv_bytes: int
     exact: bool
+    shared: int
 
     def __str__(self) -> str:
         p, plan = self.problem, self.plan
@@ -314,6 +321,8 @@ class Explanation(SimpleNamespace):
             f"traffic     inputs and output are {size(self.bytes)}, keys and values "
             f"{size(self.kv_bytes)} of {p.kv_dtype}" + (" and scales" if p.kv_dtype in CODES else ""),
         ]
+        if self.shared:
+            lines.append(f"cascade     the first {self.shared} keys are folded once for {p.batch} sequences")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -360,6 +369,7 @@ def explain(
         bytes=x.q.nbytes + kv_bytes + out_bytes,
         kv_bytes=kv_bytes,
         exact=x.mask is None and x.bias is None,
+        shared=call.shared * x.k.shape[-2],
     )
 
 

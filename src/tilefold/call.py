@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 
 from .arrays import enter, enter_floats
+from .caches import cascade
 from .dtypes import CODES, ROWS, Code, code_of
 from .frameworks import is_traced
-from .layouts import Stored, empty_like
-from .masks import Mask, causal, check_cu_seqlens, dense, split, window
+from .layouts import Frame, Stored, empty_like
+from .masks import BandMask, Mask, causal, check_cu_seqlens, dense, split, window
 from .plan import Plan, backend_of, choose, pinned
 from .problem import Band, Has, Layout, Operands, Problem, Want, bytes_of
 from .replay import Grads
 from .scores import refuse_infinite
 
+ROWS_AT_ONCE = 256  # query rows whose mask is held against what a cache forgot
 DROPOUT = "dropout is not offered: exact attention has no random part; apply it to what goes in or comes out"
 
 
@@ -54,6 +56,7 @@ class Call:
     plan: Plan
     refusals: tuple[tuple[str, str], ...]
     squeeze: bool  # 2-D arguments: the head axis that was added is taken off again
+    shared: int = 0  # leading pages that all sequences of a cache have in common and that are folded once
 
     def allocate(self, out: Any = None) -> None:
         """Make the arrays that a fold fills, or take the caller's `out`."""
@@ -162,7 +165,7 @@ def understand(
     layout, batch = _lengths(o, x, kv_len)
     band = _masks(o, x, kv_len)
     if stored is not None and stored.first is not None:
-        _check_held(x, band, np.asarray(stored.first))
+        _check_held(x, band, heads, stored)
     _score_arrays(o, x, kv_len)
     problem = Problem(
         batch=batch,
@@ -189,7 +192,9 @@ def understand(
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a name, got {type(backend).__name__}")
     chosen, refusals = choose(problem, backend)
-    return Call(problem, x, chosen, refusals, squeeze)
+    shares = stored is not None and stored.cascade and stored.table is not None
+    shared = cascade.shared_pages(problem, x, backend) if shares else 0
+    return Call(problem, x, chosen, refusals, squeeze, shared)
 
 
 def folded(
@@ -206,7 +211,10 @@ def folded(
     """A call, understood and run: `out` and `lse` are filled."""
     call = understand(q, k, v, o, want=want, backend=backend, plan=plan)
     call.allocate(out)
-    call.fold()
+    if call.shared:
+        cascade.fold(call.problem, call.operands, call.shared, backend)
+    else:
+        call.fold()
     return call
 
 
@@ -275,16 +283,22 @@ def _score_arrays(o: Options, x: Operands, kv_len: int) -> None:
 # ---- caches: objects that stand for keys and values -----------------------------------------------------------
 
 
+def is_cache(k: Any) -> bool:
+    """Whether `k` stands for keys and values, so that it is asked what it holds."""
+    return callable(getattr(k, "stored", None))
+
+
 def _stored(k: Any, v: Any) -> Stored | None:
     """What the cache `k` holds; None if `k` is an array of keys, with its values in `v`."""
-    if not callable(getattr(k, "stored", None)):
+    if not is_cache(k):
         if v is None:
             raise TypeError(
                 "v must be an array of values; only a cache object stands for keys and values together"
             )
         return None
     if v is not None:
-        raise TypeError(f"v must not be given beside a {type(k).__name__}, which holds keys and values")
+        hint = "; give a mask as mask=" if isinstance(v, Mask) else ""
+        raise TypeError(f"v must not be given beside a {type(k).__name__}, which holds keys and values{hint}")
     stored = k.stored()
     if not isinstance(stored, Stored):
         raise TypeError(f"a cache's stored() must give tilefold.layouts.Stored, got {type(stored).__name__}")
@@ -382,17 +396,41 @@ def _table(table: Any, pages: int) -> np.ndarray:
     return own
 
 
-def _check_held(x: Operands, band: Band, first: np.ndarray) -> None:
-    """A cache that forgets must not be asked for what it forgot."""
+def _check_held(x: Operands, band: Band, heads: int, stored: Stored) -> None:
+    """A cache that forgets must not be asked for what it forgot: keys `kept` to `first` of each sequence."""
     assert x.kv_ends is not None
-    begins = x.kv_ends - (x.q.shape[-2] if x.q_ends is None else x.q_ends)  # positions of the first queries
-    sees = begins * 0 if band.left is None else np.maximum(begins - band.left, 0)
-    if (short := np.flatnonzero(sees < first)).size:
-        n = int(short[0])
+    q_len = x.q.shape[-2]
+    firsts = np.broadcast_to(np.asarray(stored.first), x.kv_ends.shape)
+    for n, (kv_end, first) in enumerate(zip(x.kv_ends.tolist(), firsts.tolist(), strict=True)):
+        frame = Frame(q_len if x.q_ends is None else int(x.q_ends[n]), kv_end, (n,), 0, 0, 0, q_len, kv_end)
+        lo, hi = stored.kept, min(first, kv_end)
+        if band.left is not None:
+            lo = max(lo, frame.offset - band.left)
+        if band.right is not None:
+            hi = min(hi, frame.offset + frame.q_len + band.right)
+        if (
+            not frame.q_len
+            or lo >= hi
+            or (x.mask is not None and not _sees(x.mask, band, frame, heads, lo, hi))
+        ):
+            continue
         raise ValueError(
-            f"the cache has forgotten the keys before {first[n]} of sequence {n}, and its first query here would see "
-            f"key {sees[n]}: pass a narrower window"
+            f"the cache has forgotten keys {stored.kept} to {first - 1} of sequence {n}, and a query here would see "
+            "some of them: pass the window that the cache has, or a narrower one"
+            + (", as mask=tilefold.anchors(anchors, window - 1)" if stored.kept else "")
         )
+
+
+def _sees(mask: Mask, band: Band, frame: Frame, heads: int, lo: int, hi: int) -> bool:
+    """Whether any query of a sequence sees any of its keys lo to hi."""
+    bound = BandMask(band.left, band.right, "bottom-right") & mask
+    every = range(heads) if mask.by_head else (0,)
+    return any(
+        bool(bound.panel(replace(frame, head=head), slice(row, min(row + ROWS_AT_ONCE, frame.q_len)), slice(lo, hi))
+             .visible().any())
+        for head in every
+        for row in range(0, frame.q_len, ROWS_AT_ONCE)
+    )  # fmt: skip
 
 
 def _has(layout: Layout, x: Operands) -> Has:

@@ -43,7 +43,8 @@ class Stored:
     """Keys and values as a cache keeps them; what its method `stored` gives.
 
     k and v ``(B, Hkv, capacity, D or Dv)``, or with a `table` ``(B, n)`` of pages ``(pages, Hkv, page, D or Dv)``;
-    `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone.
+    `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone, but for
+    the first `kept` of all. With `cascade`, pages that all sequences begin with may be folded once for all.
 
     Keys and values may be codes: int8 or float8_e4m3fn, or uint8, which holds two int4 in a byte, the first in its low
     half, so that the last axis is half as long. Then `k_scale` and `v_scale` are float32, the shape of k and v without
@@ -56,6 +57,8 @@ class Stored:
     lengths: Any
     table: Any = None
     first: Any = None
+    kept: int = 0
+    cascade: bool = False
     k_scale: Any = None
     v_scale: Any = None
 

@@ -584,6 +584,64 @@ class _Documents(_Cells):
         return f"documents({self.ids!r})"
 
 
+class _Tree(_Cells):
+    def __init__(self, parents: Ints) -> None:
+        self.parents, self.by_batch = parents, parents.ndim > 1
+
+    def check(self, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> None:
+        if self.parents.shape not in ((q_len,), (*lead, q_len)):
+            raise ValueError(
+                f"tree: parents must have shape ({q_len},) or {(*lead, q_len)}, one for each query; "
+                f"got {tuple(self.parents.shape)}"
+            )
+
+    def _lineage(self, frame: Frame, rows: slice) -> np.ndarray:
+        """Which queries of the sequence are themselves or an ancestor, for `rows`: booleans (R, q_len)."""
+        parents = self.parents[frame.index] if self.parents.ndim > 1 else self.parents
+        parents = parents[frame.q0 : frame.q0 + frame.q_len]
+        seen = np.zeros((rows.stop - rows.start, frame.q_len), bool)
+        row, at = np.arange(len(seen)), np.arange(rows.start, rows.stop)
+        while len(at):
+            seen[row, at] = True
+            up = parents[at]
+            if (up >= at).any():
+                raise ValueError("tree: parents of packed sequences count within their own, from 0")
+            row, at = row[up >= 0], up[up >= 0]
+        return seen
+
+    def cells(self, frame: Frame, rows: slice, k0: int, k1: int) -> np.ndarray:
+        seen = np.ones((rows.stop - rows.start, k1 - k0), bool)
+        start, stop = max(frame.offset, k0), max(min(frame.kv_len, k1), k0)
+        if start < stop:
+            lineage = self._lineage(frame, rows)
+            seen[:, start - k0 : stop - k0] = lineage[:, start - frame.offset : stop - frame.offset]
+        return seen
+
+    def panel(self, frame: Frame, rows: slice, keys: slice) -> Panel:
+        first = max(frame.offset, 0)
+        tail = Panel.of_cells(
+            rows.stop - rows.start, first, frame.kv_len, lambda k0, k1: self.cells(frame, rows, k0, k1)
+        )
+        if tail.bits is not None:
+            return super().panel(frame, rows, keys)
+        # The keys before all queries, and what of the queries follows them at once, are one span.
+        joined = tail.lo == first
+        lo, hi = np.where(joined, 0, tail.lo), tail.hi
+        rest = np.where(joined.any(axis=1, keepdims=True), 0, first)
+        return Panel.of_spans(
+            np.concatenate([np.zeros_like(rest), lo], axis=1),
+            np.concatenate([rest, hi], axis=1),
+            keys.start,
+            keys.stop,
+        )
+
+    def recipe(self) -> Recipe:
+        return "tree", {"parents": self.parents}
+
+    def __repr__(self) -> str:
+        return f"tree({self.parents!r})"
+
+
 class Dense(_Cells):
     """An array of booleans, which a backend may also read where it lies."""
 
@@ -806,6 +864,30 @@ def anchors(count: int, left: int, right: int = 0) -> Mask:
     return (prefix(count) & window(None, right)) | window(left, right)
 
 
+def tree(parents: object) -> Mask:
+    """The queries are a tree of guessed tokens at the end of the keys: each sees all keys before them, and of their
+    own only its ancestors and itself, as in speculative decoding (Miao et al. 2023, arXiv 2305.09781).
+
+    `parents`, integers ``(q_len,)`` or ``(..., q_len)``: the query (an earlier one) from which each follows, -1 for a
+    first one.
+
+    >>> print(tree([-1, 0, 0, 1]).draw(4, 6))
+    1 1 1 0 0 0
+    1 1 1 1 0 0
+    1 1 1 0 1 0
+    1 1 1 1 0 1
+    """
+    given = _integers("tree: parents", parents, at_least=-1)
+    if given.ndim < 1:
+        raise ValueError(f"tree: parents must have shape (q_len,) or (..., q_len), got {given.shape}")
+    if not is_traced(given) and (late := np.argwhere(given >= np.arange(given.shape[-1]))).size:
+        at = tuple(late[0].tolist())
+        raise ValueError(
+            f"tree: each of parents must be an earlier query, got {given[at]} for query {at[-1]}"
+        )
+    return _Tree(given)
+
+
 def dense(array: object) -> Mask:
     """A boolean array broadcastable to ``(..., heads, q_len, kv_len)``; True means visible. It is not copied.
 
@@ -848,7 +930,7 @@ def _bound(mask: Mask, q_len: int, kv_len: int, q0: int, q1: int, k0: int, k1: i
 
 # What recipes name.
 RECIPES: dict[str, Callable[..., Mask]] = {
-    **{make.__name__: make for make in (band, spans, prefix, chunked, lengths, documents, dense)},
+    **{make.__name__: make for make in (band, spans, prefix, chunked, lengths, documents, tree, dense)},
     "and": _Both,
     "or": _Either,
     "not": _Not,

@@ -908,6 +908,19 @@ def test_activated_kernels(kind, is_causal, dtype, counted):
     assert counted == [2, 1]
 
 
+@pytest.mark.usefixtures("activated")
+@pytest.mark.parametrize(("kind", "as_what"), [("bool", "mask"), ("float", "bias"), ("hiding", "bias")])
+def test_activated_kernels_see_booleans_again(kind, as_what, monkeypatch):
+    """Torch hands booleans on as floats; as booleans they hide tiles, and have no gradient that nobody asked for."""
+    seen = []
+    attention = sdpa.attention
+    monkeypatch.setattr(
+        sdpa, "attention", lambda *args, **options: seen.append(options) or attention(*args, **options)
+    )
+    F.scaled_dot_product_attention(*qkv(), mask_of(kind, (5, 7)))
+    assert {"mask", "bias"} & seen[0].keys() == {as_what}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_activated_kernels_and_masks_of_float32(dtype, counted):
     mask = mask_of("hiding", (5, 7))
@@ -931,8 +944,13 @@ def test_activated_with_grouped_heads(dtype, counted):
 @pytest.mark.usefixtures("activated")
 @pytest.mark.parametrize(
     "order",
-    [lambda x: x, lambda x: x[:1].expand_as(x), *list(ORDERS.values())[:3]],
-    ids=["plain", "one batch item again", *list(ORDERS)[:3]],
+    [
+        lambda x: x,
+        lambda x: x[:1].expand_as(x),
+        lambda x: x.as_strided(x.shape, (0, 0, 1, 1)),
+        *list(ORDERS.values())[:3],
+    ],
+    ids=["plain", "one batch item again", "overlapping rows", *list(ORDERS)[:3]],
 )
 def test_activated_kernels_keep_the_memory_order_of_torchs(order):
     """Compiled code relies on what the kernels of meta tensors announce."""

@@ -400,11 +400,25 @@ def test_expanded_tensors_are_not_copied_and_give_dense_results(expanded):
         (lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged), "stands for another tensor"),
         (lambda x: x.to(torch.int32), "must be float16, bfloat16, float32 or float64, got int32"),
         (lambda x: x.to(torch.complex64), "complex64"),
+        (lambda x: torch.complex(x, x).conj(), "is a conjugated view"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "is a quantised tensor"),
         (lambda x: x.to(torch.bfloat16), "q, k and v must have one dtype"),
         (lambda x: x.tolist(), "k must be an array"),
     ],
-    ids=["meta", "fake", "sparse", "nested", "integers", "complex", "another dtype", "list"],
+    ids=[
+        "meta",
+        "fake",
+        "sparse",
+        "nested",
+        "integers",
+        "complex",
+        "conjugate",
+        "quantised",
+        "another dtype",
+        "list",
+    ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning")  # some of these kinds are on their way in or out of torch
 def test_tensors_that_cannot_be_read_are_refused(make, says):
     q, k, v = qkv(2)
     with pytest.raises(TypeError, match=says):
@@ -536,6 +550,29 @@ def test_the_second_call_gives_the_first_result(dtype, options, order, fresh):
     assert [x.stride() for x in first] == [x.stride() for x in again]
     assert torch.equal(tf.attention(*(x.detach() for x in inputs), **options), first[0])
     agree([first[0]], [tf.attention(*(array(x) for x in inputs), **options)])
+
+
+def test_one_head_alone_is_not_known(fresh):
+    """Its two dimensions are given a third, which the core must see."""
+    inputs = [x[0].detach().requires_grad_() for x in qkv()]
+    results = [tf.attention(*inputs, causal=True) for _ in range(3)]
+    grads = [torch.autograd.grad(out.sum(), inputs) for out in results]
+    assert len(fresh) == 0
+    assert all(same(grads[0], other) for other in grads)
+
+
+def test_gradients_of_arrays_without_autograd_are_known_too(fresh):
+    inputs = [x.detach() for x in qkv(2)]
+    out, lse = tf.attention(*inputs, causal=True, return_lse=True)
+    first = tf.attention_grad(*inputs, out, lse, out, causal=True)
+    count = len(fresh)
+    assert count == 2
+    assert same(first[:3], tf.attention_grad(*inputs, out, lse, out, causal=True)[:3])
+    assert len(fresh) == count
+    agree(first[:3], tf.attention_grad(*(x.numpy() for x in (*inputs, out, lse, out)), causal=True)[:3])
+    for wrong in ({"causal": 1}, {"scale": True}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            tf.attention_grad(*inputs, out, lse, out, **wrong)
 
 
 def test_equal_is_not_the_same(fresh):

@@ -122,3 +122,28 @@ for mode in (0x400, 0x800, 0xc00):  # downward, upward, toward zero
         TILEFOLD_NUM_THREADS="1",
     )
     assert said == "True\n" * 6
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86's mode is torch's to set")
+def test_the_callers_flushing_of_subnormals_changes_no_bit():
+    """torch.set_flush_denormal, or any library built with -ffast-math, lets small numbers of the caller be 0."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    said = python(
+        """
+x = np.random.default_rng(0).standard_normal((4, 2, 300, 32)).astype(np.float32)
+x[2] *= np.float32(1e-39)
+def results():
+    out, lse = tf.attention(*x[:3], scale=2.0, return_lse=True)
+    return out, lse, *tf.attention_grad(*x[:3], out, lse, x[3], scale=2.0)[:3]
+def below():
+    return bool((torch.tensor([1e-30]) * torch.tensor([1e-10]) > 0).all())
+expected = results()
+print(below())
+torch.set_flush_denormal(True)
+got = results()
+print(below(), all(a.tobytes() == b.tobytes() for a, b in zip(got, expected)))
+        """,
+        torch="yes",
+        TILEFOLD_NUM_THREADS="1",
+    )
+    assert said == "True\nFalse True\n"

@@ -44,7 +44,10 @@ def codes(children):
 """
 
 
-@pytest.mark.parametrize("team", [ONE, TWO, TORCHS])
+@pytest.mark.parametrize(
+    "team",
+    [ONE, TWO, TORCHS, pytest.param({"TILEFOLD_NUM_THREADS": "16"}, id="more threads than processors")],
+)
 def test_after_use(team):
     said = python(CHILDREN + "print(codes([child() for n in range(3)])); check()", **team)
     assert said == "[7, 7, 7]\n"
@@ -145,8 +148,3 @@ print(code, codes([pid])[0])
         TILEFOLD_NUM_THREADS="2",
     )
     assert said in ("7 7\n", "7 8\n")
-
-
-def test_with_more_threads_than_processors():
-    said = python(CHILDREN + "print(codes([child()]))", TILEFOLD_NUM_THREADS="16")
-    assert said == "[7]\n"

@@ -186,3 +186,15 @@ def test_extreme_queries_and_keys(dtype, backend):
         np.testing.assert_array_equal(
             tf.attention(q, k, v, backend=backend), np.broadcast_to(v[:, 4:5], (1, 3, 4))
         )
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_values_whose_sum_does_not_fit(backend):
+    """A state is divided at the end, so that it may overflow where the mean would not; the result says so."""
+    q, k = np.zeros((1, 3, 8), np.float32), np.zeros((1, 5, 8), np.float32)
+    v = np.full((1, 5, 2), LARGEST["float32"], np.float32)
+    v[..., 1] = 1
+    out = tf.attention(q, k, v, backend=backend)
+    assert np.isposinf(out[..., 0]).all()
+    assert (out[..., 1] == 1).all()
+    assert np.isfinite(tf.attention(q, k, v / 8, backend=backend)).all()

@@ -8,7 +8,7 @@ would take minutes.
 import sys
 
 import pytest
-from faults.fresh import ONE, TORCHS, TWO, python, run
+from faults.fresh import ONE, TORCHS, TWO, python
 
 pytest.importorskip("tilefold._core", reason="NumPy's own calls end when its BLAS lets them")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to speak of")
@@ -138,19 +138,6 @@ print(np.array_equal(results[0], expected))
         TILEFOLD_NUM_THREADS="2",
     )
     assert said == "interrupted\nTrue\n"
-
-
-def test_a_daemon_thread_in_a_call_does_not_hinder_the_end_of_the_process():
-    done = run(f"""
-arguments = of_length(4000, {EVER})
-threading.Thread(target=lambda: tf.attention(*arguments), daemon=True).start()
-class Slow:
-    def __del__(self, sleep=time.sleep):
-        sleep(0.2)
-sys.modules["slow"] = Slow()  # the end takes long enough for the call to look for signals in it
-time.sleep(0.1)
-""")
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_interrupted_gradients_leave_the_library_usable():

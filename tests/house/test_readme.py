@@ -13,6 +13,7 @@ import tilefold
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+TEXTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONAL = {
     "torch",
     "jax",
@@ -44,25 +45,16 @@ def execute(text: str, name: str) -> int:
     return len(found)
 
 
-def test_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
+def test_texts_run(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     try:
-        assert execute(README.read_text(), str(README)) > 0
+        shown = execute(text.read_text(), str(text))
+        assert shown or text != README
     except ModuleNotFoundError as missing:
         if missing.name not in OPTIONAL:
             raise
-        pytest.skip(f"README shows {missing.name}, which is not installed")
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_pages_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        execute(page.read_text(), str(page))
-    except ModuleNotFoundError as missing:
-        if missing.name not in OPTIONAL:
-            raise
-        pytest.skip(f"{page.name} shows {missing.name}, which is not installed")
+        pytest.skip(f"{text.name} shows {missing.name}, which is not installed")
 
 
 def test_blocks_are_found_and_can_fail():

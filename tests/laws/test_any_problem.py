@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 import pytest
-from budgets import Error, coarser, judge, reference_type
 from conftest import poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +16,8 @@ from oracle import complaint, judged
 
 import tilefold as tf
 from tilefold.backends import BACKENDS
-from tilefold.bench.case import Built, Case
+from tilefold.bench.case import Case
 from tilefold.dtypes import ROWS
-from tilefold.naive import naive_grad
 
 pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
 
@@ -114,10 +112,11 @@ def laid(x, layout):
     return room
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(cases(), st.tuples(*[layouts] * 7), st.booleans())
 def test_any_problem(text, order, backward):
-    a = Case.parse(text).build()
+    case = Case.parse(text)
+    a = case.build()
     arrays = (a.q, a.k, a.v, a.dout, a.dlse, np.full_like(a.dout, np.nan))
     q, k, v, dout, dlse, out = (laid(x, layout) for x, layout in zip(arrays, order, strict=False))
     options = a.options | {name: laid(a.options[name], order[6]) for name in a.options if name == "bias"}
@@ -129,20 +128,6 @@ def test_any_problem(text, order, backward):
         assert got is out
         errors = judged(text, out, lse)
         if grads:
-            errors += judged_gradients(text, a, grads, (out, lse))
+            errors += case.judge_gradients(a, grads, (out, lse))
         assert all(e.ok for e in errors), f"{backend}: {complaint(text, errors)}"
         out[...] = np.nan
-
-
-def judged_gradients(text: str, a: Built, got: tf.Grads, saved: tuple[np.ndarray, np.ndarray]) -> list[Error]:
-    """The errors of gradients, each with its budget, by the rule of `Case.replay`."""
-    acc = ROWS[Case.parse(text).dtype].accumulate
-    b, wide = a.nudged(acc), reference_type(acc)
-    right = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=wide)
-    plain = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=acc, saved=saved)
-    moved = naive_grad(b.q, b.k, b.v, b.dout, b.dlse, **b.options, dtype=wide)
-    return [
-        judge(name, g, (p, m), r, coarser(g.dtype.name, acc))
-        for name, g, r, p, m in zip(got._fields, got, right, plain, moved, strict=True)
-        if g is not None
-    ]

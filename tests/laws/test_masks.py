@@ -14,6 +14,11 @@ Q, K = 13, 21
 ENDS = [0, 4, 4, 11, K]
 IDS = np.array([3, 3, 1, 1, 1, 3, 3, 3, 2, 2, 2, 2, 7, 7, 7, 7, 7, 1, 1, 0, 0])
 CELLS = np.random.default_rng(5).random((Q, K)) < 0.5
+PARENTS = np.array([-1, 0, 0, 1, 1, 2, -1, 6, 3, 8, 9, 7, 0])
+LINEAGE = np.eye(Q, dtype=bool)  # whether query j is query i or an ancestor of it
+for child, parent in enumerate(PARENTS):
+    if parent >= 0:
+        LINEAGE[child] |= LINEAGE[parent]
 document = np.searchsorted(ENDS, np.arange(K), side="right") - 1
 
 # each mask with what it means: i is the query row, p = i + K - Q its position, j the key
@@ -37,6 +42,7 @@ MEANINGS = {
     "documents": (tf.documents(cu_seqlens=ENDS), lambda i, p, j: document[p] == document[j]),
     "documents in pieces": (tf.documents(IDS), lambda i, p, j: IDS[p] == IDS[j]),
     "documents q_ids": (tf.documents(IDS, q_ids=IDS[:Q]), lambda i, p, j: IDS[i] == IDS[j]),
+    "tree": (tf.tree(PARENTS), lambda i, p, j: (j < K - Q) | LINEAGE[i, j - (K - Q)]),
     "dense": (tf.dense(CELLS), lambda i, p, j: CELLS[i, j]),
     "dense column": (tf.dense(CELLS[:, :1]), lambda i, p, j: CELLS[i, 0] & (j >= 0)),
     "predicate": (tf.from_predicate(lambda i, j: (i * j) % 3 == 1), lambda i, p, j: (i * j) % 3 == 1),
@@ -101,6 +107,45 @@ def test_split_takes_out_the_affine_part_and_nothing_else(a, b):
     assert band.right is not None and band.right <= 0
     whole = tf.band(*band) if rest is None else tf.band(*band) & rest
     assert np.array_equal(whole.dense(Q, K), mask.dense(Q, K))
+
+
+@given(st.data(), st.integers(1, 60), st.integers(0, 40))
+def test_a_tree_is_its_lineage(data, q_len, before):
+    """Whether rows become spans or bits, and whatever part of the keys is asked for."""
+    parents = [data.draw(st.integers(max(-1, i - 40), i - 1)) for i in range(q_len)]
+    expected = np.ones((q_len, before + q_len), bool)
+    for i, parent in enumerate(parents):
+        expected[i, before:] = expected[parent, before:] if parent >= 0 else False
+        expected[i, before + i] = True
+    mask, frame = tf.tree(parents), Frame.whole(q_len, before + q_len)
+    assert np.array_equal(mask.dense(q_len, before + q_len), expected)
+    i0, i1 = sorted(data.draw(st.tuples(st.integers(0, q_len), st.integers(0, q_len))))
+    j0, j1 = sorted(data.draw(st.tuples(*[st.integers(0, before + q_len)] * 2)))
+    panel = mask.panel(frame, slice(i0, i1), slice(j0, j1))
+    assert np.array_equal(panel.cells(j0, j1), expected[i0:i1, j0:j1])
+
+
+def test_a_chain_is_causal_and_one_span():
+    panel = tf.tree(np.arange(9) - 1).panel(Frame.whole(9, 30), slice(0, 9), slice(0, 30))
+    assert panel.lo.shape == (9, 1) and panel.bits is None
+    assert np.array_equal(panel.cells(0, 30), tf.causal().dense(9, 30))
+
+
+def test_trees_of_sequences():
+    """One for each of a batch, or packed: then parents count within their own sequence."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 2, n, 8)) for n in (4, 11, 11))
+    parents = [[-1, 0, 0, 1], [-1, -1, 1, 1]]
+    alone = [tf.attention(q[n], k[n], v[n], tf.tree(parents[n])) for n in range(2)]
+    np.testing.assert_array_equal(tf.attention(q, k, v, tf.tree(parents)), alone)
+    packed = [np.concatenate(list(x), axis=1) for x in (q, k, v)]
+    ends = {"cu_seqlens_q": np.array([0, 4, 8]), "cu_seqlens_k": np.array([0, 11, 22])}
+    out = tf.attention(*packed, tf.tree(np.concatenate(parents)), **ends)
+    np.testing.assert_array_equal(out, np.concatenate(alone, axis=1))
+    with pytest.raises(ValueError, match="tree: parents of packed sequences count within their own"):
+        tf.attention(*packed, tf.tree([-1, 0, 0, 1, -1, -1, 5, 5]), **ends)
+    with pytest.raises(ValueError, match=r"tree: parents must have shape \(4,\) or \(2, 4\), .* got \(3,\)"):
+        tf.attention(q, k, v, tf.tree([-1, 0, 1]))
 
 
 @pytest.mark.parametrize("runs", [1, MAX_SPANS, MAX_SPANS + 1, 60])

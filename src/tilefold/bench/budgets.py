@@ -3,8 +3,9 @@
 The reference is `naive` in a wider type than the problem's accumulator. How far an honest implementation may be off is
 measured twice on the very same inputs: by the plain method in the accumulate type, and by the reference itself after
 every input was moved by one rounding, which shows how well-conditioned the question is (on few rows BLAS is exact by
-luck, and a sum that cancels is not). The budget is `FACTOR` times the larger, plus one rounding to the result's type,
-or to the accumulate type where that is the coarser one: a gradient of float64 sinks has been through float32.
+luck, and a sum that cancels is not); more than once where a gradient is few numbers. The budget is `FACTOR` times the
+largest, plus one rounding to the result's type, or to the accumulate type where that is the coarser one: a gradient
+of float64 sinks has been through float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from ..dtypes import ROWS
 
 ROUNDED = 2.0  # times the error of weights rounded to bfloat16: two such roundings, one in another place
+FEW = 8  # fewer numbers than these may be right by luck: then inputs are moved so many times
 FACTOR = 8.0  # 4 between summing in one chain and in the 16 of a wide BLAS, 2 for everything else
 
 

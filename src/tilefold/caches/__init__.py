@@ -4,6 +4,9 @@ A cache is any object whose method `stored` gives `layouts.Stored`. The fact to 
 pages and what else it holds change no bit of a result, for the core folds keys by their logical position.
 """
 
+from .contiguous import KVCache
+from .paged import PagedKVCache
 from .quantised import dequantise, quantise
+from .rows import CacheFull
 
-__all__ = ["dequantise", "quantise"]
+__all__ = ["CacheFull", "KVCache", "PagedKVCache", "dequantise", "quantise"]

@@ -90,7 +90,7 @@ def _alike(q: torch.Size, k: torch.Size, v: torch.Size, enable_gqa: bool) -> boo
 
 
 def _joined(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The three under common leading dimensions, as views. Key heads stay as few as they are where all share them."""
+    """The three under common leading dimensions, as views."""
     _complain(query, key, value, None, enable_gqa)
     if enable_gqa:
         key, value = _of_as_many_heads(key, value)

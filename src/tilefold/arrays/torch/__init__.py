@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ... import frameworks
-from ...call import Options
+from ...call import Options, is_cache
 from ...plan import Plan
 from . import operators, tensors
 from .autograd import FORWARD, Attention, Transformed
-from .calls import How, known, run
+from .calls import How, known, known_gradients, run
 from .merge import merge
 
-__all__ = ["attention", "known", "merge", "tensors"]
+__all__ = ["attention", "known", "known_gradients", "merge", "tensors"]
 
 
 def attention(
@@ -32,7 +32,11 @@ def attention(
         q, k, v = (_autocast(x) for x in (q, k, v))
     _refuse_tangents(q, k, v, o.bias, o.sinks, o.alibi)
     how = How(o, backend, plan)
-    if _as_operator(q, k, v):
+    if is_cache(k):
+        _refuse_in_programs(q, k)
+        _refuse_through_caches(q, k, o)
+        result = run(q, k, v, how, out)
+    elif _as_operator(q, k, v):
         result = operators.attention(q, k, v, how, out)
     elif torch._C._are_functorch_transforms_active():
         result = Transformed.apply(q, k, v, o.bias, o.sinks, how)
@@ -75,6 +79,22 @@ def _refuse_tangents(*given: Any) -> None:
         for x in given:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError(FORWARD)
+
+
+def _refuse_in_programs(q: Tensor, cache: Any) -> None:
+    if _without_numbers(q) or torch._C._are_functorch_transforms_active():
+        raise TypeError(
+            f"k must not be a {type(cache).__name__} in a program that is compiled, exported or transformed: "
+            "what a cache holds is known when the call runs; pass tensors, or keep the call out of the program"
+        )
+
+
+def _refuse_through_caches(q: Tensor, cache: Any, o: Options) -> None:
+    if torch.is_grad_enabled() and _wants_gradient(q, o.bias, o.sinks, o.alibi):
+        raise ValueError(
+            f"a gradient cannot be asked for beside a {type(cache).__name__}, which has none for its keys: "
+            "call within torch.no_grad(), or pass detached tensors"
+        )
 
 
 def _refuse_gradients(o: Options, out: Any) -> None:

@@ -51,12 +51,20 @@ class How:
         return replace(self, options=replace(o, bias=bias, sinks=sinks))
 
 
+def _are_plain(causal: Any, scale: Any, softcap: Any) -> bool:
+    """Whether equality of these is sameness: True == 1, but causal=1 is an error."""
+    return (
+        (causal is True or causal is False)
+        and (scale is None or type(scale) is float)
+        and (softcap is None or type(softcap) is float)
+    )
+
+
 def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Any:
     """The result of a call that has no other arguments, if it can be had at once; else None."""
     if (
-        is_compiling() or _known is None
-        or (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False)
-        or (scale is not None and type(scale) is not float) or (softcap is not None and type(softcap) is not float)
+        is_compiling() or _known is None or not _are_plain(causal, scale, softcap)
+        or (return_lse is not True and return_lse is not False)
         or _len_torch_dispatch_stack() or _are_functorch_transforms_active() or is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
         or not (isinstance(k, Tensor) and isinstance(v, Tensor)) or q.is_neg() or k.is_neg() or v.is_neg()
@@ -95,6 +103,20 @@ def run(q: Any, k: Any, v: Any, how: How, out: Any = None) -> tuple[Tensor, Tens
     return leave(call.out) if out is None else out, leave(call.lse)
 
 
+def known_gradients(
+    q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, *, causal: Any = False, scale: Any = None,
+    softcap: Any = None, **others: Any,
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """Gradients of a call that has no other arguments and no gradient of its lse, if they can be had at once."""
+    tensors = (q, k, v, out, lse, dout)
+    if _known is None or others or not _are_plain(causal, scale, softcap):
+        return None
+    if not all(isinstance(x, Tensor) and _is_plain(x) and not x.is_neg() for x in tensors):
+        return None
+    how = How(Options(causal=causal, scale=scale, softcap=softcap), simple=True)
+    return gradients(*tensors, None, how)
+
+
 def gradients(
     q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any, how: How
 ) -> tuple[Tensor | None, ...]:
@@ -117,6 +139,6 @@ def _remember(
     call: Call, tensors: tuple[Tensor, ...], facts: int, scale: Any, softcap: Any, results: tuple[Tensor, ...]
 ) -> None:
     """Keep what was understood, if the native core runs it as it is."""
-    if call.plan.backend == "native" and _known is not None:
+    if call.plan.backend == "native" and not call.squeeze and _known is not None:
         made = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
         _known.remember(list(tensors), facts, scale, softcap, running(call.plan), made)

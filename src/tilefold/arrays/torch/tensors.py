@@ -49,6 +49,8 @@ def _why_not(x: Tensor) -> str | None:
         return f"is a {layout} tensor; tensors must be strided"
     if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"is a {type(x).__name__} that stands for other tensors and has no memory of its own"
+    if x.is_quantized:
+        return f"is a quantised tensor of {x.dtype}; pass tensor.dequantize()"
     if x.is_conj():
         return "is a conjugated view; attention is of real numbers"
     return None

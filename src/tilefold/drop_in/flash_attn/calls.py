@@ -1,8 +1,8 @@
 """How a call of flash-attn becomes calls of `tilefold.attention`: batches as they are, ragged ones packed.
 
 All tensors are (..., length, heads, dim) here, and become (..., heads, length, dim) by a view. Packed sequences may
-leave rows unused at their ends (`seqused`), keys may lie in pages: then the rows in use are gathered into a private
-copy, O(n), and nothing else is read. Rows of no sequence come back as 0, their lse as -inf.
+leave rows unused at their ends (`seqused`): then the rows in use are gathered into a private copy, O(n), and nothing
+else is read. Pages are read where they lie, but for packed queries. Rows of no sequence come back as 0, their lse -inf.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from ...api import attention
 from ...frameworks import is_traced
+from ...layouts import Stored
 from ...masks import Mask
 from . import checks
 from .sight import Sight
@@ -48,7 +49,7 @@ def dense(
     q_lengths: Tensor | None = None,
     kv_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Batches (B, length, heads, dim): out alike, lse (B, heads, q_len)."""
+    """Batches (B, length, heads, dim), or `Pages` for k and v: out alike, lse (B, heads, q_len)."""
     options = scores.options()
     if q_lengths is not None:
         options["q_lengths"] = q_lengths
@@ -56,8 +57,9 @@ def dense(
         options["kv_lengths"] = kv_lengths
     if scores.alibi is not None:
         options["alibi"] = scores.alibi
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = _called(q, k, v, options, want_lse)
+    if v is not None:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = _called(q.transpose(1, 2), k, v, options, want_lse)
     return out.transpose(1, 2), lse
 
 
@@ -101,6 +103,19 @@ def _called(
 
 
 @dataclass(slots=True)
+class Pages:
+    """A cache in pages, as `tilefold.attention` takes it."""
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    table: Tensor
+
+    def stored(self) -> Stored:
+        return Stored(self.k, self.v, self.lengths, self.table)
+
+
+@dataclass(slots=True)
 class Side:
     """The queries, or the keys, of ragged sequences: where the rows of each are, and how many of them count."""
 
@@ -110,15 +125,23 @@ class Side:
     )  # of those rows, one sequence after another; None: made when needed
     rows: tuple[int, ...]  # the leading sizes of the tensor that is indexed
     known_ends: Tensor | None = None  # the cumulative counts
+    table: Tensor | None = (
+        None  # (B, n) the pages in use of each sequence, -1 for none, where `rows` are pages
+    )
 
     @property
     def batch(self) -> bool:
         """Whether sequences lie in a batch, each beginning where attention expects it."""
-        return len(self.rows) == 2 and not isinstance(self.index, tuple)
+        return len(self.rows) == 2 and not isinstance(self.index, tuple) and self.table is None
 
     @property
     def at(self) -> tuple[Tensor, ...] | slice:
-        return steps(self.counts) if self.index is None else self.index
+        if self.index is not None:
+            return self.index
+        which, place = steps(self.counts)
+        if self.table is None:
+            return which, place
+        return self.table[which, place // self.rows[1]], place % self.rows[1]
 
     @property
     def ends(self) -> Tensor:
@@ -196,10 +219,9 @@ def in_pages(pages: Tensor, table: Any, counts: Tensor | None, batch: int, name:
         raise ValueError(
             f"{name} has room for {entries.shape[1]} pages of {length} rows a sequence, got lengths {counts.tolist()}"
         )
-    which, place = steps(counts)
-    page = entries[which, place // max(length, 1)]
-    checks.within(f"{name}'s entries in use", page, 0, number - 1)
-    return Side(counts, (page, place % max(length, 1)), (number, length))
+    used = torch.arange(entries.shape[1], device="cpu") * length < counts[:, None]
+    checks.within(f"{name}'s entries in use", entries[used], 0, number - 1)
+    return Side(counts, None, (number, length), table=entries.where(used, -1))
 
 
 def ragged(
@@ -207,6 +229,9 @@ def ragged(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of sequences that lie anywhere: out where q lies; lse (heads, total) if that is packed, else
     (B, heads, q_len)."""
+    if queries.batch and keys.table is not None:
+        pages = Pages(k.transpose(1, 2), v.transpose(1, 2), keys.counts, keys.table)
+        return dense(q, pages, None, scores, want_lse, queries.counts if queries.index is None else None)
     if queries.batch and keys.batch:
         ends = (side.counts if side.index is None else None for side in (queries, keys))
         return dense(q, k, v, scores, want_lse, *ends)

@@ -1,8 +1,8 @@
 """A call over a key and value cache: append in place, rotate, attend. Shared by versions 2 and 3.
 
 Everything is checked before a row is written, and what was written is taken back if the call ends in an error, so a
-cache never holds half a step. The cache is read where it lies. Copies are made of pages, of the
-rows in use only, and of sequences picked by an index that is no range, up to the longest in use.
+cache never holds half a step. The cache is read where it lies, in pages too. Copies are made of pages for packed
+queries, of the rows in use only, and of sequences picked by an index that is no range, up to the longest in use.
 """
 
 from __future__ import annotations

@@ -1,0 +1,398 @@
+"""A cache for sequences that come, fork and go: pages of one memory, and per sequence a list of those that it holds.
+
+A fork holds the pages of its origin and copies one only where it writes into it: the last one, if it is not full. With
+a `window` pages are given back once no later query can see them. The fact to know: positions are logical. What was
+given back still counts in the length, and asking for it is an error and never a wrong number.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..layouts import Stored
+from ..masks import integer
+from .pool import Pool
+from .rows import Rows, counted, shortened
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """Pages in the order of positions, -1 for one given back; keys before `first` are gone, but for anchors."""
+
+    pages: array[int] = field(default_factory=lambda: array("q"))
+    length: int = 0
+    first: int = 0
+
+
+class PagedKVCache:
+    """Keys and values of any number of sequences, in pages that they take from one memory and may share.
+
+    Args:
+        kv_heads, dim, v_dim: key heads, and the sizes of their keys and values (`v_dim` is `dim` if left out).
+        page: rows of a page, any number; results have the same bits for each.
+        pages: how many pages there are; None grows by doubling.
+        dtype: float16, bfloat16, float32 or float64; float32 if neither this nor `like` is given.
+        like: a NumPy array or a tensor: the cache has its type, and `k` and `v` are of its kind.
+        window: only the last so many positions stay (a query sees itself and ``window - 1`` before it); None keeps all.
+        anchors: with a `window`, the first so many positions stay too.
+
+    ``cache[ids]`` stands for the keys and values of these sequences in `tilefold.attention`; queries are ``(batch,
+    heads, Sq, dim)`` and stand at the end of each sequence. One thread at a time may change a cache, and none may while
+    a call reads it. What is stored carries no gradient.
+
+    >>> k, v = np.random.default_rng(0).normal(size=(2, 1, 2, 300, 8)).astype(np.float32)
+    >>> cache = PagedKVCache(kv_heads=2, dim=8, page=64)
+    >>> a = cache.open()
+    >>> cache.append([a], k, v)
+    >>> b = cache.fork(a)
+    >>> cache.append([b], k[:, :, :1], v[:, :, :1])
+    >>> cache.lengths([a, b]), cache.pages_used
+    (array([300, 301]), 6)
+    >>> q = np.ones((2, 4, 1, 8), np.float32)
+    >>> out = tf.attention(q, cache[a, b], causal=True)
+    >>> bool((out[:1] == tf.attention(q[:1], k, v, causal=True)).all())
+    True
+    """
+
+    def __init__(
+        self, kv_heads: int, dim: int, v_dim: int | None = None, *, page: int = 128, pages: int | None = None,
+        dtype: Any = None, like: Any = None, window: int | None = None, anchors: int = 0,
+    ) -> None:  # fmt: skip
+        rows = Rows.checked(kv_heads, dim, v_dim, dtype, like)
+        self._window = None if window is None else integer("window", window, 1)
+        self._anchors = integer("anchors", anchors, 0)
+        if self._anchors and self._window is None:
+            raise ValueError(f"anchors must be 0 without a window, where everything stays; got {anchors}")
+        self._pool = Pool(
+            rows, integer("page", page, 1), None if pages is None else integer("pages", pages, 0)
+        )
+        self._sequences: dict[int, _Sequence] = {}
+        self._next = 0
+
+    # ---- sequences -------------------------------------------------------------------------------------------
+
+    def open(self) -> int:
+        """A new empty sequence: its id, which no other sequence of this cache ever has."""
+        return self._add(_Sequence())
+
+    def fork(self, id: int) -> int:
+        """A new sequence that has all that this one has, and shares its pages."""
+        origin = self._of(id)
+        for page in origin.pages:
+            if page >= 0:
+                self._pool.share(page)
+        return self._add(_Sequence(origin.pages[:], origin.length, origin.first))
+
+    def free(self, ids: Any) -> None:
+        """Forget a sequence, or several; pages that no other one holds are free."""
+        named = self._named(ids, distinct=True)
+        for id, sequence in named.items():
+            self._cut(sequence, 0)
+            del self._sequences[id]
+
+    def append(self, ids: Any, k: Any, v: Any, lengths: Any = None) -> None:
+        """Add rows to the end of sequences.
+
+        Args:
+            ids: one id or several, each at most once.
+            k, v: ``(len(ids), kv_heads, S, dim or v_dim)``.
+            lengths: how many of the S rows are new, one integer or ``(len(ids),)``; the rest is padding. By default
+                all are.
+
+        Raises:
+            CacheFull: a fixed number of pages does not suffice. As after any other error, nothing was written.
+
+        With a `window`, what no query at these positions or later can see is given back first.
+        """
+        sequences = list(self._named(ids, distinct=True).values())
+        k, v = self._pool.rows.enter(k, v, len(sequences))
+        new = counted(lengths, len(sequences), k.shape[2])
+        growing = [(s, int(n)) for s, n in zip(sequences, new, strict=True) if n]
+        self._pool.reserve(self._needed(growing))
+        starts = [sequence.length for sequence in sequences]
+        for sequence, _ in growing:
+            self._give_back(sequence)
+        try:
+            for sequence, count in growing:
+                self._extend(sequence, count)
+            self._write(sequences, starts, new, k, v)
+        except BaseException:
+            for sequence, start in zip(sequences, starts, strict=True):
+                self._cut(sequence, start)
+            raise
+
+    def truncate(self, ids: Any, lengths: Any) -> None:
+        """Forget what comes after the first `lengths` positions, of one sequence or several: tokens that were guessed.
+
+        A length within what a `window` has given back is refused: the sequence would have a hole.
+        """
+        named = self._named(ids, distinct=True)
+        now = np.array([s.length for s in named.values()], np.int64)
+        to = shortened(lengths, now).tolist()
+        for n, (id, sequence) in enumerate(named.items()):
+            if self._anchors < to[n] < sequence.first:
+                raise ValueError(
+                    f"lengths must not lie in what was given back, {self._anchors} to {sequence.first} of "
+                    f"sequence {id}; got {to[n]}"
+                )
+        for sequence, length in zip(named.values(), to, strict=True):
+            self._cut(sequence, length)
+            sequence.first = sequence.first if length > self._anchors else 0
+
+    def __getitem__(self, ids: Any) -> PagedView:
+        """Keys and values for `tilefold.attention`: a batch of these sequences, in this order; an id may repeat."""
+        return self.view(ids)
+
+    def view(self, ids: Any, *, cascade: bool = False) -> PagedView:
+        """The same as ``cache[ids]``. With `cascade`, leading pages that all of these sequences share are read once for
+        all where that pays (see `tilefold.caches.cascade`): the result is as exact, but its last bits depend on the
+        batch.
+        """
+        if not isinstance(cascade, bool):
+            raise TypeError(f"cascade must be True or False, got {type(cascade).__name__}")
+        return PagedView(self, tuple(self._named(ids)), cascade)
+
+    # ---- files -----------------------------------------------------------------------------------------------
+
+    def snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Write all sequences to a file, which is there whole or not at all (see `tilefold.caches.snapshot`).
+
+        Of the pages, only those in use are written, each once however many sequences share it.
+        """
+        from .snapshot import write
+
+        pool, rows = self._pool, self._pool.rows
+        filled = self._filled()
+        number = {page: n for n, page in enumerate(filled)}
+        state = {
+            "kv_heads": rows.kv_heads,
+            "dim": rows.dim,
+            "v_dim": rows.v_dim,
+            "page": pool.page,
+            "pages": pool.limit,
+            "window": self._window,
+            "anchors": self._anchors,
+            "next": self._next,
+            "filled": list(filled.values()),
+            "sequences": [
+                [id, s.length, s.first, [number.get(page, -1) for page in s.pages]]
+                for id, s in self._sequences.items()
+            ],
+        }
+        write(
+            path, "PagedKVCache", rows.dtype, state, self._pieces(filled), sum(filled.values()) * rows.nbytes
+        )
+
+    @classmethod
+    def restore(cls, path: str | os.PathLike[str], *, like: Any = None) -> PagedKVCache:
+        """The cache of a file that `snapshot` wrote, with the same ids; ValueError says what is wrong with another."""
+        from .snapshot import Reader
+
+        with Reader(path, "PagedKVCache") as file:
+            kv_heads, dim, v_dim, page, anchors, last = file.integers(
+                "kv_heads", "dim", "v_dim", "page", "anchors", "next"
+            )
+            cache = cls(
+                kv_heads, dim, v_dim, page=page, pages=file.limit("pages"), dtype=file.dtype(like), like=like,
+                window=file.limit("window"), anchors=anchors,
+            )  # fmt: skip
+            filled = file.counts("filled")
+            file.expect(all(0 < rows <= page for rows in filled), "a page has more rows than fit, or none")
+            cache._pool.reserve(len(filled))
+            held = dict(zip((cache._pool.take() for _ in filled), filled, strict=True))
+            for id, length, first, pages in file.sequences(last, page, filled):
+                cache._sequences[id] = _Sequence(array("q", pages), length, first)
+            cache._next = last
+            counts = Counter(n for s in cache._sequences.values() for n in s.pages if n >= 0)
+            file.expect(len(counts) == len(filled), "a page belongs to no sequence")
+            cache._pool.holders[: len(filled)] = [counts[n] for n in range(len(filled))]
+            file.fill(cache._pieces(held), sum(filled) * cache._pool.rows.nbytes)
+        return cache
+
+    # ---- what there is ---------------------------------------------------------------------------------------
+
+    @property
+    def ids(self) -> list[int]:
+        """The sequences, in the order in which they were opened."""
+        return list(self._sequences)
+
+    def lengths(self, ids: Any) -> np.ndarray:
+        """How many positions each of these sequences has, those given back included."""
+        return np.array([self._sequences[id].length for id in self._named(ids)], np.int64)
+
+    @property
+    def page(self) -> int:
+        """Rows of a page."""
+        return self._pool.page
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that some sequence holds."""
+        return self._pool.used
+
+    @property
+    def pages_free(self) -> int:
+        """Pages that can be taken without growing."""
+        return self._pool.free
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all pages, free ones included."""
+        return self._pool.k.nbytes + self._pool.v.nbytes
+
+    @property
+    def k(self) -> Any:
+        """The memory of the keys ``(pages, kv_heads, page, dim)``; rows that no sequence has hold anything."""
+        return self._pool.rows.shown(self._pool.k)
+
+    @property
+    def v(self) -> Any:
+        """The memory of the values ``(pages, kv_heads, page, v_dim)``."""
+        return self._pool.rows.shown(self._pool.v)
+
+    def __repr__(self) -> str:
+        r = self._pool.rows
+        return (
+            f"PagedKVCache(kv_heads={r.kv_heads}, dim={r.dim}, v_dim={r.v_dim}, {r.dtype.name}, "
+            f"{len(self._sequences)} sequences in {self.pages_used} of {self._pool.pages} pages of {self.page})"
+        )
+
+    # ---- inside ----------------------------------------------------------------------------------------------
+
+    def _add(self, sequence: _Sequence) -> int:
+        id, self._next = self._next, self._next + 1
+        self._sequences[id] = sequence
+        return id
+
+    def _of(self, id: Any) -> _Sequence:
+        found = self._sequences.get(integer("id", id, None))
+        if found is None:
+            raise ValueError(f"id must name a sequence of this cache, got {id}")
+        return found
+
+    def _named(self, ids: Any, distinct: bool = False) -> Any:
+        """The argument `ids`: a list of ids, or where none may repeat a dict of their sequences."""
+        if isinstance(ids, (int, np.integer)):
+            ids = (ids,)
+        elif not isinstance(ids, (list, tuple, range, np.ndarray)):
+            raise TypeError(f"ids must be one id or a sequence of them, got {type(ids).__name__}")
+        named = [integer("id", id, None) for id in ids]
+        sequences = {id: self._of(id) for id in named}
+        if distinct and len(sequences) < len(named):
+            twice = next(id for id, n in Counter(named).items() if n > 1)
+            raise ValueError(f"ids must differ, got {twice} twice")
+        return sequences if distinct else named
+
+    def _outside(self, s: _Sequence) -> range:
+        """The pages of a sequence that no query at its end or later sees."""
+        if self._window is None:
+            return range(0)
+        first = max(s.first, s.length - self._window + 1)
+        kept = -(-self._anchors // self.page)
+        return range(max(kept, s.first // self.page), max(kept, first // self.page))
+
+    def _needed(self, growing: list[tuple[_Sequence, int]]) -> int:
+        """How many free pages an append takes beyond those that it gives back."""
+        dropped = Counter(s.pages[n] for s, _ in growing for n in self._outside(s))
+        fresh = 0
+        for s, count in growing:
+            fresh += -(-(s.length + count) // self.page) - len(s.pages)
+            if s.length % self.page and self._pool.holders[s.pages[-1]] - dropped[s.pages[-1]] > 1:
+                fresh += 1
+                dropped[s.pages[-1]] += 1
+        return fresh - sum(n == self._pool.holders[page] for page, n in dropped.items())
+
+    def _give_back(self, s: _Sequence) -> None:
+        """Drop the pages that are outside of the window."""
+        for n in self._outside(s):
+            self._pool.drop(s.pages[n])
+            s.pages[n] = -1
+        if self._window is not None:
+            s.first = max(s.first, s.length - self._window + 1)
+
+    def _extend(self, s: _Sequence, count: int) -> None:
+        """Room for `count` more rows, in pages of its own."""
+        if (rows := s.length % self.page) and self._pool.holders[s.pages[-1]] > 1:
+            s.pages[-1] = self._pool.copied(s.pages[-1], rows)
+        s.length += count
+        while len(s.pages) * self.page < s.length:
+            s.pages.append(self._pool.take())
+
+    def _write(
+        self, sequences: list[_Sequence], starts: list[int], new: np.ndarray, k: np.ndarray, v: np.ndarray
+    ) -> None:
+        if new.max(initial=0) == 1:
+            some = np.flatnonzero(new)
+            places = [
+                sequences[n].pages[starts[n] // self.page] * self.page + starts[n] % self.page for n in some
+            ]
+            self._pool.write(np.array(places), k[some, :, 0], v[some, :, 0])
+            return
+        for n, (s, start) in enumerate(zip(sequences, starts, strict=True)):
+            at = np.arange(start, s.length)
+            at = np.asarray(s.pages, np.int64)[at // self.page] * self.page + at % self.page
+            self._pool.write(at, *(x[n, :, : len(at)].swapaxes(0, 1) for x in (k, v)))
+
+    def _cut(self, s: _Sequence, length: int) -> None:
+        """Make a sequence end at `length`, without the pages behind it."""
+        keep = -(-length // self.page)
+        for page in s.pages[keep:]:
+            if page >= 0:
+                self._pool.drop(page)
+        del s.pages[keep:]
+        s.length = length
+
+    def _filled(self) -> dict[int, int]:
+        """The pages in use, ascending, and how many rows of each are of some sequence."""
+        filled: dict[int, int] = {}
+        for s in self._sequences.values():
+            for n, page in enumerate(s.pages):
+                if page >= 0:
+                    filled[page] = max(filled.get(page, 0), min(s.length - n * self.page, self.page))
+        return dict(sorted(filled.items()))
+
+    def _pieces(self, filled: dict[int, int]) -> Iterator[np.ndarray]:
+        """The rows of these pages, in the order of a file."""
+        for x in (self._pool.k, self._pool.v):
+            for page, rows in filled.items():
+                yield from (head[:rows] for head in x[page])
+
+    def _stored(self, ids: tuple[int, ...]) -> Stored:
+        sequences = [self._of(id) for id in ids]
+        table = np.full((len(ids), roomy(max((len(s.pages) for s in sequences), default=0))), -1)
+        for row, s in zip(table, sequences, strict=True):
+            row[: len(s.pages)] = s.pages
+        lengths = np.array([s.length for s in sequences], np.int64)
+        first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
+        return Stored(self._pool.k, self._pool.v, lengths, table, first, self._anchors)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedView:
+    """Sequences of a paged cache as a batch of keys and values. It sees what is appended after it was made."""
+
+    cache: PagedKVCache
+    ids: tuple[int, ...]
+    cascade: bool = False
+
+    def stored(self) -> Stored:
+        """What `tilefold.attention` reads."""
+        return replace(self.cache._stored(self.ids), cascade=self.cascade)
+
+    @property
+    def capacity(self) -> int:
+        """The number of keys that arrays over keys (`bias`, boolean masks) must have at present."""
+        return self.cache.page * roomy(max((len(self.cache._of(id).pages) for id in self.ids), default=0))
+
+
+def roomy(n: int) -> int:
+    """`n` or up to a quarter more, so that few different numbers occur, and with them few different plans."""
+    step = 1 << max((n - 1).bit_length() - 3, 0)
+    return -(-n // step) * step

@@ -1,0 +1,770 @@
+"""Caches as their users see them: what is appended, forked, truncated and forgotten, held against plain arrays.
+
+A paged cache is also run by Hypothesis against a dictionary of arrays, with every reference counted after each step.
+Bits are the matter of `laws/test_cached_bits.py`, files that of `faults/test_snapshots.py`.
+"""
+
+import numpy as np
+import pytest
+from bits import assert_same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import tilefold as tf
+from tilefold import plan
+from tilefold.caches.paged import roomy
+from tilefold.caches.pool import Pool
+from tilefold.dtypes import ROWS
+from tilefold.layouts import Stored
+
+HEADS, DIM, V_DIM = 2, 6, 5
+
+
+def rows(batch, length, seed=0, dtype=np.float32):
+    rng = np.random.default_rng([batch, length, seed])
+    shapes = (batch, HEADS, length, DIM), (batch, HEADS, length, V_DIM)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def queries(batch, length, dtype=np.float32):
+    return (
+        np.random.default_rng([batch, length]).standard_normal((batch, 2 * HEADS, length, DIM)).astype(dtype)
+    )
+
+
+def paged(**settings):
+    return tf.PagedKVCache(HEADS, DIM, V_DIM, **{"page": 4} | settings)
+
+
+def held(cache, id):
+    """(keys, values) of a sequence as its pages have them, NaN where they were given back."""
+    stored = cache[id].stored()
+    (length,), table = stored.lengths, stored.table[0]
+    parts = []
+    for memory in (stored.k, stored.v):
+        pages = np.where(table[:, None, None, None] < 0, np.nan, memory[np.maximum(table, 0)])
+        parts.append(pages.swapaxes(1, 2).reshape(-1, HEADS, memory.shape[-1])[:length].swapaxes(0, 1))
+    return parts
+
+
+def filled(cache, *lengths):
+    """Sequences of these lengths, and their rows."""
+    ids, every = [cache.open() for _ in lengths], [rows(1, n, n) for n in lengths]
+    for id, (k, v) in zip(ids, every, strict=True):
+        cache.append(id, k, v)
+    return ids, every
+
+
+# ---- one stretch per sequence --------------------------------------------------------------------------------
+
+
+def test_rows_lie_where_they_were_appended():
+    cache = tf.KVCache(2, HEADS, DIM, V_DIM, capacity=9)
+    k, v = rows(2, 5)
+    cache.append(k, v, [5, 2])
+    assert cache.lengths.tolist() == [5, 2]
+    more_k, more_v = rows(2, 3, 1)
+    cache.append(more_k, more_v, [1, 3])
+    assert cache.lengths.tolist() == [6, 5]
+    for mine, first, second in ((cache.k, k, more_k), (cache.v, v, more_v)):
+        assert np.array_equal(mine[0, :, :6], np.concatenate([first[0], second[0, :, :1]], axis=1))
+        assert np.array_equal(mine[1, :, :5], np.concatenate([first[1, :, :2], second[1]], axis=1))
+
+
+def test_growing_doubles_and_keeps_every_row():
+    cache = tf.KVCache(2, HEADS, DIM, V_DIM)
+    k, v = rows(2, 100)
+    capacities = []
+    for n in range(100):
+        cache.append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+        capacities.append(cache.capacity)
+    assert sorted(set(capacities)) == [16, 32, 64, 128]
+    assert np.array_equal(cache.k[:, :, :100], k) and np.array_equal(cache.v[:, :, :100], v)
+    assert cache.nbytes == 2 * HEADS * 128 * (DIM + V_DIM) * 4
+
+
+def test_a_full_cache_says_so_and_keeps_what_it_has():
+    cache = tf.KVCache(2, HEADS, DIM, V_DIM, capacity=4)
+    k, v = rows(2, 4)
+    cache.append(k, v, [4, 3])
+    before = cache.k.copy(), cache.v.copy()
+    with pytest.raises(tf.CacheFull, match="capacity of the cache is 4 rows, and 5 are needed"):
+        cache.append(k, v, [0, 2])
+    assert isinstance(tf.CacheFull(), MemoryError)
+    assert cache.lengths.tolist() == [4, 3]
+    assert np.array_equal(cache.k, before[0], equal_nan=True)
+    cache.append(k, v, [0, 1])
+    assert cache.lengths.tolist() == [4, 4]
+
+
+def test_what_was_truncated_is_written_anew():
+    cache = tf.KVCache(2, HEADS, DIM, V_DIM, capacity=8)
+    k, v = rows(2, 6)
+    cache.append(k, v)
+    cache.truncate([2, 6])
+    assert cache.lengths.tolist() == [2, 6]
+    other = rows(2, 1, 7)
+    cache.append(*other, [1, 0])
+    q = queries(2, 1)
+    joined = [np.concatenate([x[:1, :, :2], y[:1]], axis=2) for x, y in zip((k, v), other, strict=True)]
+    assert_same_bits(tf.attention(q, cache, causal=True)[:1], tf.attention(q[:1], *joined, causal=True))
+    cache.reset()
+    assert cache.lengths.tolist() == [0, 0]
+    assert not tf.attention(q, cache).any()
+
+
+def test_lengths_are_a_copy():
+    cache = tf.KVCache(1, HEADS, DIM, capacity=8)
+    cache.lengths[...] = 5
+    assert cache.lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", ["one stretch", "pages"])
+def test_a_step_makes_no_new_plan(kind):
+    k, v = rows(2, 40)
+    if kind == "pages":
+        cache = paged(page=16)
+        ids = [cache.open(), cache.open()]
+        whole, append = cache[ids], lambda *x: cache.append(ids, *x)
+    else:
+        whole = tf.KVCache(2, HEADS, DIM, V_DIM, capacity=64)
+        append = whole.append
+    append(k[:, :, :33], v[:, :, :33])
+    q = queries(2, 1)
+    tf.attention(q, whole, causal=True)
+    made = plan._choose.cache_info().misses
+    for n in range(33, 40):
+        append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+        tf.attention(q, whole, causal=True)
+    assert plan._choose.cache_info().misses == made
+
+
+def test_widths_of_tables_are_few_and_never_a_third_too_wide():
+    widths = [roomy(n) for n in range(2000)]
+    assert all(n <= width <= 1.25 * n for n, width in enumerate(widths))
+    assert len(set(widths)) < 50
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_shares_pages_until_it_writes():
+    cache = paged()
+    (a,), ((k, v),) = filled(cache, 10)
+    assert cache.pages_used == 3
+    b = cache.fork(a)
+    assert cache.pages_used == 3
+    cache.append(b, *rows(1, 1))
+    assert cache.pages_used == 4  # only the last page, which was not full
+    assert np.array_equal(held(cache, a)[0], k[0]) and np.array_equal(held(cache, b)[1][:, :10], v[0])
+    cache.append(a, *rows(1, 1))
+    assert cache.pages_used == 4  # now its own
+    cache.free(a)
+    assert cache.pages_used == 3
+    assert np.array_equal(held(cache, b)[0][:, :10], k[0])
+
+
+def test_a_fork_of_full_pages_copies_none():
+    cache = paged()
+    (a,), _ = filled(cache, 8)
+    cache.append(cache.fork(a), *rows(1, 1))
+    assert cache.pages_used == 3
+
+
+def test_forks_may_append_at_once():
+    cache = paged(pages=4)
+    (a,), ((k, _),) = filled(cache, 6)
+    ids = [a, cache.fork(a), cache.fork(a)]
+    more, values = rows(3, 1)
+    with pytest.raises(tf.CacheFull):
+        cache.append([*ids, cache.fork(a)], *rows(4, 1))
+    cache.free(cache.ids[-1])
+    cache.append(ids, more, values)  # two copies: the last one has the page to itself
+    assert cache.pages_used == 4
+    for n, id in enumerate(ids):
+        assert np.array_equal(held(cache, id)[0], np.concatenate([k[0], more[n]], axis=1))
+
+
+def test_a_full_pool_says_so_and_keeps_what_it_has():
+    cache = paged(pages=4)
+    (a, b), every = filled(cache, 9, 3)
+    assert (cache.pages_used, cache.pages_free) == (4, 0)
+    with pytest.raises(tf.CacheFull, match="4 pages of 4 rows, 0 of them free, and 1 more are needed"):
+        cache.append([b, a], *rows(2, 4), [1, 4])
+    assert cache.lengths([a, b]).tolist() == [9, 3]
+    for id, (k, v) in zip((a, b), every, strict=True):
+        assert np.array_equal(held(cache, id)[0], k[0]) and np.array_equal(held(cache, id)[1], v[0])
+    cache.append([b, a], *rows(2, 4), [1, 3])
+    cache.free(a)
+    assert (cache.pages_used, cache.pages_free) == (1, 3)
+
+
+def test_a_pool_without_limit_doubles():
+    cache = paged()
+    (a,), ((k, _),) = filled(cache, 100)
+    sizes = {cache.pages_free + cache.pages_used}
+    for _ in range(100):
+        cache.append(a, *rows(1, 1))
+        sizes.add(cache.pages_free + cache.pages_used)
+    assert sizes == {25, 50}
+    assert np.array_equal(held(cache, a)[0][:, :100], k[0])
+    assert cache.nbytes == 50 * 4 * HEADS * (DIM + V_DIM) * 4
+
+
+def test_the_lowest_pages_are_taken_first_and_a_heads_rows_lie_together():
+    cache = paged()
+    (a,), _ = filled(cache, 40)
+    assert np.array_equal(cache[a].stored().table[0][:10], np.arange(10))
+    keys = cache[a].stored().k
+    assert keys.strides[2:] == (DIM * keys.itemsize, keys.itemsize)
+
+
+def test_ids_are_never_used_twice():
+    cache = paged()
+    a = cache.open()
+    cache.free(a)
+    assert cache.open() != a
+    with pytest.raises(ValueError, match="id must name a sequence of this cache, got 0"):
+        cache[a]
+
+
+def test_a_view_follows_its_sequences():
+    cache = paged()
+    (a,), ((k, v),) = filled(cache, 5)
+    view, q = cache[a], queries(1, 1)
+    cache.append(a, *rows(1, 3))
+    joined = [np.concatenate([x, y], axis=2) for x, y in zip((k, v), rows(1, 3), strict=True)]
+    assert_same_bits(tf.attention(q, view, causal=True), tf.attention(q, *joined, causal=True))
+    cache.free(a)
+    with pytest.raises(ValueError, match="id must name a sequence"):
+        tf.attention(q, view)
+
+
+def test_an_empty_sequence_is_seen_by_nobody():
+    cache = paged()
+    out, lse = tf.attention(queries(1, 2), cache[cache.open()], return_lse=True)
+    assert not out.any() and np.isneginf(lse).all()
+
+
+def test_arrays_over_keys_have_the_capacity_of_the_view():
+    cache = paged()
+    (a,), ((k, v),) = filled(cache, 70)
+    q, view = queries(1, 3), cache[a]
+    bias = np.random.default_rng(0).standard_normal((3, view.capacity)).astype(np.float32)
+    expected = tf.attention(q, k, v, causal=True, bias=bias[:, :70])
+    assert_same_bits(tf.attention(q, view, causal=True, bias=bias), expected)
+
+
+def test_numpy_reads_pages_too():
+    cache = paged()
+    ids, every = filled(cache, 37, 0, 8)
+    q = queries(3, 2)
+    out = tf.attention(q, cache[ids], causal=True, backend="numpy")
+    for n, (k, v) in enumerate(every):
+        alone = tf.attention(q[n : n + 1], k, v, causal=True, backend="numpy")
+        np.testing.assert_allclose(out[n : n + 1], alone, rtol=0, atol=64 * ROWS["float32"].roundoff)
+
+
+def test_what_it_would_do_is_explained():
+    cache = paged()
+    (a,), _ = filled(cache, 30)
+    told = tf.explain(queries(1, 1), cache[a], causal=True)
+    assert told.cells == 30 * 2 * HEADS
+    assert told.bytes == 4 * (2 * HEADS * (DIM + V_DIM) + 30 * HEADS * (DIM + V_DIM))
+    assert "paged" in str(told)
+
+
+# ---- forgetting ----------------------------------------------------------------------------------------------
+
+
+def test_pages_are_given_back_once_no_later_query_sees_them():
+    cache = paged(window=5)
+    (a,), ((k, _),) = filled(cache, 20)
+    assert cache.pages_used == 5  # its 20 queries were still to come
+    cache.append(a, *rows(1, 1))
+    assert cache.pages_used == 2  # keys 16 to 19, and a new page
+    assert cache.lengths(a).tolist() == [21]
+    keys = held(cache, a)[0]
+    assert np.isnan(keys[:, :16]).all() and np.array_equal(keys[:, 16:20], k[0, :, 16:])
+    stored = cache[a].stored()
+    assert stored.first.tolist() == [16] and stored.kept == 0
+
+
+def test_anchors_stay():
+    cache = paged(window=5, anchors=6)
+    (a,), ((k, _),) = filled(cache, 20)
+    cache.append(a, *rows(1, 1))
+    assert cache.pages_used == 4  # two of anchors, keys 16 to 19, and a new page
+    keys = held(cache, a)[0]
+    assert np.array_equal(keys[:, :6], k[0, :, :6]) and np.isnan(keys[:, 8:16]).all()
+
+
+def test_what_is_given_back_makes_room_for_the_same_append():
+    cache = paged(window=4, pages=3)
+    (a,), _ = filled(cache, 9)
+    cache.append(a, *rows(1, 7))
+    assert cache.lengths(a).tolist() == [16]
+    assert cache.pages_used == 3
+
+
+def test_shared_pages_are_given_back_by_each():
+    cache = paged(window=4)
+    (a,), ((k, _),) = filled(cache, 12)
+    b = cache.fork(a)
+    cache.append(a, *rows(1, 1))
+    assert np.array_equal(held(cache, b)[0], k[0])
+    assert cache.pages_used == 4
+    cache.append(b, *rows(1, 1))
+    assert cache.pages_used == 3
+
+
+ALLOWED = {
+    "the window": ({"window": (4, 0)}, 0),
+    "a narrower one": ({"window": (2, 0)}, 0),
+    "the window as a mask": ({"mask": tf.window(4, 0)}, 0),
+    "within the window by spans": ({"mask": tf.spans([17], [21])}, 0),
+    "within the window by cells": ({"mask": tf.from_predicate(lambda i, j: j > 17)}, 0),
+    "anchors": ({"mask": tf.anchors(6, 4)}, 6),
+    "fewer anchors": ({"mask": tf.anchors(2, 3)}, 6),
+    "anchors alone": ({"mask": tf.prefix(6)}, 6),
+    "anchors by a band": ({"mask": tf.band(None, -15)}, 6),
+    "no query": ({"q_lengths": 0}, 0),
+}
+REFUSED = {
+    "everything": ({}, 0),
+    "causal": ({"causal": True}, 0),
+    "a wider window": ({"window": (5, 0)}, 0),
+    "a window of which only the right side is set": ({"window": (None, 0)}, 0),
+    "anchors that are gone": ({"mask": tf.anchors(1, 4)}, 0),
+    "anchors and a wider window": ({"mask": tf.anchors(6, 5)}, 6),
+    "one key by a band": ({"mask": tf.band(None, -14)}, 6),
+    "more anchors": ({"mask": tf.anchors(7, 4)}, 6),
+    "one forgotten key": ({"mask": tf.spans([15], [16])}, 6),
+    "one forgotten cell": ({"mask": tf.from_predicate(lambda i, j: j == 9)}, 6),
+    "one head": (
+        {"mask": tf.from_predicate(lambda at, h, i, j: (j == 20) | (j == 9) & (h == 3), per_head=True)},
+        6,
+    ),
+}
+
+
+def forgetful(anchors):
+    """A cache that has forgotten keys 0, or with 6 anchors 6, to 15."""
+    cache = paged(window=5, anchors=anchors, page=1)
+    (a,), (given,) = filled(cache, 20)
+    last = rows(1, 1)
+    cache.append(a, *last)
+    return cache[a], [np.concatenate([x, y], axis=2) for x, y in zip(given, last, strict=True)]
+
+
+@pytest.mark.parametrize(("options", "anchors"), ALLOWED.values(), ids=ALLOWED)
+def test_what_is_left_may_be_asked_for(options, anchors):
+    view, arrays = forgetful(anchors)
+    q = queries(1, 1)
+    assert_same_bits(tf.attention(q, view, **options), tf.attention(q, *arrays, **options))
+
+
+@pytest.mark.parametrize(("options", "anchors"), REFUSED.values(), ids=REFUSED)
+def test_what_is_gone_is_refused(options, anchors):
+    view, _ = forgetful(anchors)
+    with pytest.raises(ValueError, match=f"the cache has forgotten keys {anchors} to 15 of sequence 0"):
+        tf.attention(queries(1, 1), view, **options)
+
+
+limits = st.none() | st.integers(-25, 25)
+masks = st.one_of(
+    st.builds(tf.band, limits, limits),
+    st.builds(tf.anchors, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(tf.chunked, st.integers(1, 12)),
+    st.builds(lambda n: tf.from_predicate(lambda i, j: (i + j) % n == 0), st.integers(2, 20)),
+)
+
+
+@given(st.sampled_from([0, 6]), st.integers(1, 7), masks, masks)
+def test_refused_is_what_sees_a_forgotten_key_and_nothing_else(anchors, q_len, a, b):
+    view, arrays = forgetful(anchors)
+    q = queries(1, q_len)
+    for mask in (a, b, a & b, a | b):
+        if mask.dense(q_len, 21)[:, anchors:16].any():
+            with pytest.raises(ValueError, match="the cache has forgotten"):
+                tf.attention(q, view, mask=mask)
+        else:
+            assert_same_bits(tf.attention(q, view, mask=mask), tf.attention(q, *arrays, mask=mask))
+
+
+def test_guesses_can_be_taken_back_within_a_window():
+    cache = paged(window=5)
+    (a,), ((k, v),) = filled(cache, 20)
+    cache.append(a, *rows(1, 6, 1))
+    cache.truncate(a, 22)
+    last = rows(1, 1, 2)
+    cache.append(a, *last)
+    early = rows(1, 6, 1)
+    joined = [
+        np.concatenate([x, y[:, :, :2], z], axis=2) for x, y, z in zip((k, v), early, last, strict=True)
+    ]
+    q = queries(1, 1)
+    assert_same_bits(tf.attention(q, cache[a], window=(4, 0)), tf.attention(q, *joined, window=(4, 0)))
+
+
+def test_truncating_far_back_never_answers_with_what_is_gone():
+    cache = paged(window=5, anchors=2)
+    (a,), ((k, v),) = filled(cache, 20)
+    cache.append(a, *rows(1, 1))
+    cache.truncate(a, 16)  # keys 11 to 15 would be seen from here
+    q = queries(1, 1)
+    with pytest.raises(ValueError, match="has forgotten keys 2 to 15"):
+        tf.attention(q, cache[a], window=(4, 0))
+    with pytest.raises(
+        ValueError, match=r"must not lie in what was given back, 2 to 16 of sequence 0; got 15"
+    ):
+        cache.truncate(a, 15)
+    cache.truncate(a, 2)  # all of them anchors: nothing is missing
+    assert_same_bits(tf.attention(q, cache[a]), tf.attention(q, k[:, :, :2], v[:, :, :2]))
+    assert cache.pages_used == 1
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["one stretch", "pages"])
+@pytest.mark.parametrize("name", list(ROWS))
+def test_tensors(kind, name):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    pytest.importorskip("ml_dtypes", reason="bfloat16 tensors need ml_dtypes")
+    dtype = getattr(torch, name)
+    q, k, v = (torch.from_numpy(x).to(dtype) for x in (queries(1, 4), *rows(1, 9)))
+    if kind == "pages":
+        cache = paged(like=k)
+        id = cache.open()
+        cache.append(id, k, v)
+        whole = cache[id]
+    else:
+        cache = whole = tf.KVCache(1, HEADS, DIM, V_DIM, like=k)
+        cache.append(k, v)
+        assert torch.equal(cache.k[:, :, :9], k)
+    assert isinstance(cache.k, torch.Tensor) and cache.v.dtype == dtype
+    out, lse = tf.attention(q, whole, causal=True, return_lse=True)
+    right, right_lse = tf.attention(q, k, v, causal=True, return_lse=True)
+    assert isinstance(out, torch.Tensor)
+    assert torch.equal(out, right) and torch.equal(lse, right_lse)
+
+
+def test_tensors_that_a_cache_refuses():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    cache = paged(dtype=torch.float32)
+    (a,), _ = filled(cache, 9)
+    q = torch.from_numpy(queries(1, 1))
+    with pytest.raises(ValueError, match="a gradient cannot be asked for beside a PagedView"):
+        tf.attention(q.clone().requires_grad_(), cache[a])
+    with torch.no_grad():
+        assert isinstance(tf.attention(q.clone().requires_grad_(), cache[a]), torch.Tensor)
+    with pytest.raises(TypeError, match="k must not be a PagedView in a program that is compiled"):
+        torch.func.vmap(lambda q: tf.attention(q, cache[a]))(q)
+    with pytest.raises(TypeError, match="k must not be a PagedView in a program that is compiled"):
+        tf.attention(q.to("meta"), cache[a])
+
+
+# ---- any order of operations ---------------------------------------------------------------------------------
+
+
+class Pages(RuleBasedStateMachine):
+    """A paged cache beside a dictionary of arrays: id to [keys, values, first key that is not gone]."""
+
+    page, window, anchors, pages = 3, None, 0, None
+
+    def __init__(self):
+        super().__init__()
+        self.cache = paged(page=self.page, window=self.window, anchors=self.anchors, pages=self.pages)
+        self.model = {}
+        self.seed = 0
+
+    def some(self, data, least=1):
+        """Different ids."""
+        return data.draw(
+            st.lists(st.sampled_from(sorted(self.model)), min_size=least, max_size=4, unique=True)
+        )
+
+    @precondition(lambda self: len(self.model) < 6)
+    @rule()
+    def open(self):
+        id = self.cache.open()
+        assert id not in self.model
+        self.model[id] = [*(x[0] for x in rows(1, 0)), 0]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def append(self, data):
+        ids = self.some(data)
+        new = [data.draw(st.integers(0, 8)) for _ in ids]
+        self.seed += 1
+        k, v = rows(len(ids), 8, self.seed)
+        before = self.state()
+        try:
+            self.cache.append(ids, k, v, new)
+        except tf.CacheFull:
+            assert self.pages is not None and self.state() == before
+            return
+        for n, (id, count) in enumerate(zip(ids, new, strict=True)):
+            if not count:
+                continue
+            keys, values, first = self.model[id]
+            if self.window is not None:
+                first = max(first, keys.shape[1] - self.window + 1)
+            self.model[id] = [
+                *(np.concatenate([x, y[n, :, :count]], axis=1) for x, y in ((keys, k), (values, v))),
+                first,
+            ]
+
+    @precondition(lambda self: 0 < len(self.model) < 6)
+    @rule(data=st.data())
+    def fork(self, data):
+        (id,) = self.some(data)[:1]
+        self.model[self.cache.fork(id)] = list(self.model[id])
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def free(self, data):
+        ids = self.some(data)
+        self.cache.free(ids)
+        for id in ids:
+            del self.model[id]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def truncate(self, data):
+        (id,) = self.some(data)[:1]
+        keys, values, first = self.model[id]
+        length = data.draw(st.integers(0, keys.shape[1]))
+        before = self.state()
+        if self.anchors < length < first:
+            with pytest.raises(ValueError, match="given back"):
+                self.cache.truncate(id, length)
+            assert self.state() == before
+            return
+        self.cache.truncate(id, length)
+        first = first if length > self.anchors else 0
+        self.model[id] = [keys[:, :length], values[:, :length], first]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def fail(self, data):
+        """What is refused changes nothing."""
+        id, *_ = self.some(data)
+        k, v = rows(1, 2)
+        before = self.state()
+        for wrong in (
+            lambda: self.cache.append([id, id], *rows(2, 2)),
+            lambda: self.cache.append(id, k, v[:, :, :1]),
+            lambda: self.cache.append(id, k, v, 3),
+            lambda: self.cache.truncate(id, self.model[id][0].shape[1] + 1),
+            lambda: self.cache.free([id, -1]),
+            lambda: self.cache.fork(-1),
+        ):
+            with pytest.raises(ValueError, match=r"id|lengths|rows"):
+                wrong()
+        assert self.state() == before
+
+    def state(self):
+        """Everything that a failed operation must leave as it was."""
+        tables = {id: self.cache[id].stored() for id in self.cache.ids}
+        held = {id: (s.table.tolist(), s.lengths.tolist()) for id, s in tables.items()}
+        return held, list(self.cache._pool.holders), sorted(self.cache._pool._free)
+
+    @invariant()
+    def pages_are_held_by_those_that_have_them(self):
+        pool = self.cache._pool
+        tables = [self.cache[id].stored().table[0] for id in self.cache.ids]
+        counts = np.zeros(pool.pages, int)
+        for table in tables:
+            np.add.at(counts, table[table >= 0], 1)
+        assert counts.tolist() == pool.holders
+        assert sorted(pool._free) == np.flatnonzero(counts == 0).tolist()
+        assert self.cache.pages_used == np.count_nonzero(counts)
+
+    @invariant()
+    def every_row_is_there(self):
+        assert sorted(self.cache.ids) == sorted(self.model)
+        for id, (keys, values, first) in self.model.items():
+            assert self.cache.lengths(id).tolist() == [keys.shape[1]]
+            stored = self.cache[id].stored()
+            assert stored.first is None or stored.first.tolist() == [first]
+            there = np.arange(keys.shape[1])
+            there = (there >= first) | (there < self.anchors)
+            for mine, right in zip(held(self.cache, id), (keys, values), strict=True):
+                assert np.array_equal(mine[:, there], right[:, there])
+
+    @invariant()
+    def no_page_is_held_in_vain(self):
+        """A sequence has the pages of the rows that may still be seen, and no others."""
+        for id, (keys, _, first) in self.model.items():
+            table, length = self.cache[id].stored().table[0], keys.shape[1]
+            starts = np.arange(0, length, self.page)
+            needed = (starts + self.page > first) | (starts < self.anchors)
+            assert np.array_equal(table[: len(starts)] >= 0, needed)
+            assert (table[len(starts) :] < 0).all()
+
+
+class Forgetful(Pages):
+    window = 7
+
+
+class Anchored(Pages):
+    window, anchors, page = 5, 4, 2
+
+
+class Small(Pages):
+    pages, window = 9, 12
+
+
+for machine in (Pages, Forgetful, Anchored, Small):
+    case = machine.TestCase
+    case.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+    globals()[f"Test{machine.__name__}"] = case
+
+
+# ---- errors --------------------------------------------------------------------------------------------------
+
+K, V = rows(2, 3)
+
+WRONG = {
+    "kv_heads must be >= 1, got 0": lambda: tf.KVCache(1, 0, 4),
+    "dim must be an integer, got '4'": lambda: tf.PagedKVCache(1, "4"),
+    "v_dim must be >= 1": lambda: tf.KVCache(1, 1, 4, 0),
+    "batch must be >= 1, got 0": lambda: tf.KVCache(0, 1, 4),
+    "capacity must be >= 0, got -1": lambda: tf.KVCache(1, 1, 4, capacity=-1),
+    "page must be >= 1, got 0": lambda: tf.PagedKVCache(1, 4, page=0),
+    "pages must be an integer, got 2.5": lambda: tf.PagedKVCache(1, 4, pages=2.5),
+    "window must be >= 1, got 0": lambda: tf.PagedKVCache(1, 4, window=0),
+    "anchors must be 0 without a window, where everything stays; got 3": lambda: tf.PagedKVCache(1, 4, anchors=3),
+    "dtype must be float16, bfloat16, float32 or float64, got int32": lambda: tf.KVCache(1, 1, 4, dtype="int32"),
+    "dtype must be float16, bfloat16, float32 or float64, got 'single_'": lambda: tf.KVCache(1, 1, 4, dtype="single_"),
+    "dtype must be that of like, float32": lambda: tf.KVCache(1, 1, 4, dtype="float64", like=K),
+    "like must be a NumPy array or a tensor, got list": lambda: tf.KVCache(1, 1, 4, like=[1.0]),
+    "like must be float16, bfloat16, float32 or float64, got int64": lambda: tf.KVCache(1, 1, 4, like=np.arange(3)),
+    "k must have shape (batch, kv_heads, S, dim) = (3, 2, S, 6), got (2, 2, 3, 6)": lambda: tf.KVCache(
+        3, HEADS, DIM, V_DIM
+    ).append(K, V),
+    "v must have shape (batch, kv_heads, S, dim) = (2, 2, S, 4)": lambda: tf.KVCache(2, HEADS, DIM, 4).append(K, V),
+    "k must be float64 as the cache is, got float32": lambda: tf.KVCache(2, HEADS, DIM, dtype=float).append(K, V),
+    "k must be an array": lambda: tf.KVCache(2, HEADS, DIM, V_DIM).append(None, V),
+    "k and v must have the same number of rows, got 3 and 2": lambda: one().append(K, V[:, :, :2]),
+    "lengths must be at most 3, the rows of k and v; got 4": lambda: one().append(K, V, [4, 0]),
+    "lengths must be one integer or have shape (2,), got (3,)": lambda: one().append(K, V, [1, 1, 1]),
+    "lengths must be integers, got float64": lambda: one().append(K, V, [1.0, 1.0]),
+    "lengths must be integers, got bool": lambda: one().append(K, V, True),
+    "lengths must be >= 0, got -1": lambda: one().truncate(-1),
+    "lengths must not exceed what is stored: 4 for 3 at index 1": lambda: one().truncate([3, 4]),
+    "ids must differ, got 1 twice": lambda: two().append([1, 0, 1], *rows(3, 1)),
+    "ids must be one id or a sequence of them, got str": lambda: two()["0"],
+    "id must be an integer, got '0'": lambda: two()[["0"]],
+    "id must be an integer, got True": lambda: two().fork(True),
+    "id must name a sequence of this cache, got 2": lambda: two().free([0, 2]),
+    "v must not be given beside a KVCache, which holds keys and values": lambda: tf.attention(queries(2, 1), one(), V),
+    "which holds keys and values; give a mask as mask=": lambda: tf.attention(queries(2, 1), one(), tf.causal()),
+    "kv_lengths must not be given with a cache": lambda: tf.attention(queries(2, 1), one(), kv_lengths=[1, 1]),
+    "the cache holds 2 sequences, q has 3": lambda: tf.attention(queries(3, 1), two()[0, 1]),
+    "q and the cache must have one dtype, got q float64, k float32": lambda: tf.attention(
+        queries(2, 1, float), two()[0, 1]
+    ),
+    "k and v must have the same leading dimensions, got q (3, 4, 1, 6)": lambda: tf.attention(queries(3, 1), one()),
+}  # fmt: skip
+
+
+def one():
+    cache = tf.KVCache(2, HEADS, DIM, V_DIM)
+    cache.append(K, V)
+    return cache
+
+
+def two():
+    cache = paged()
+    filled(cache, 3, 4)
+    return cache
+
+
+@pytest.mark.parametrize(("says", "call"), WRONG.items(), ids=WRONG)
+def test_each_mistake_has_its_sentence(says, call):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        call()
+    assert says in str(raised.value)
+
+
+def test_memory_that_does_not_suffice_leaves_the_cache_as_it_was(monkeypatch):
+    caches = one(), two()
+    empty = np.empty
+
+    def scarce(shape, *rest):
+        if np.prod(shape) > 100:
+            raise MemoryError
+        return empty(shape, *rest)
+
+    before = caches[0].k.copy(), caches[1].k.copy()
+    monkeypatch.setattr(np, "empty", scarce)
+    with pytest.raises(MemoryError):
+        caches[0].append(*rows(2, 100))
+    with pytest.raises(MemoryError):
+        caches[1].append([0, 1], *rows(2, 100))
+    monkeypatch.undo()
+    assert caches[0].lengths.tolist() == [3, 3] and caches[1].lengths([0, 1]).tolist() == [3, 4]
+    assert all(np.array_equal(cache.k, x, equal_nan=True) for cache, x in zip(caches, before, strict=True))
+
+
+def test_an_interrupted_append_leaves_the_lengths_as_they_were(monkeypatch):
+    cache = paged()
+    (a, b), ((k, _), _) = filled(cache, 9, 4)
+    write, calls = Pool.write, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*given)
+
+    monkeypatch.setattr(Pool, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.append([a, b], *rows(2, 30))
+    monkeypatch.undo()
+    assert cache.lengths([a, b]).tolist() == [9, 4] and cache.pages_used == 4
+    cache.append([a, b], *rows(2, 30))
+    assert np.array_equal(held(cache, a)[0][:, :9], k[0])
+    assert np.array_equal(held(cache, b)[0][:, 4:], rows(2, 30)[0][1])
+
+
+def test_statistics_of_weights_over_pages():
+    class Mass:
+        name = "mass"
+
+        def start(self, problem, lead):
+            self.sums = np.zeros((*lead, problem.heads, problem.q_len))
+            return self
+
+        def open(self, block, live, scores):
+            self.index = block.frame.index
+
+        def take(self, w):
+            self.sums[(*self.index, w.heads)] += w.by_head.sum(axis=-1)
+
+        def close(self, block):
+            pass
+
+        def result(self):
+            return self.sums
+
+    cache = paged()
+    ids, _ = filled(cache, 9, 30)
+    q = queries(2, 1)
+    out, _, seen = tf.attention(q, cache[ids], causal=True, probes=[Mass()])
+    np.testing.assert_allclose(seen.mass, 1, rtol=1e-5)
+    np.testing.assert_array_equal(out, tf.attention(q, cache[ids], causal=True, backend="numpy"))
+
+
+def test_any_object_that_stores_is_a_cache():
+    class Mine:
+        def stored(self):
+            return Stored(K, V, np.array([2, 3]))
+
+    q = queries(2, 1)
+    right = tf.attention(q, K, V, causal=True, kv_lengths=np.array([2, 3]))
+    assert_same_bits(tf.attention(q, Mine(), causal=True), right)
