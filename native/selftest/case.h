@@ -82,7 +82,7 @@ struct Case {
         if (too_much()) q_len = std::min<int64_t>(q_len, 130);
         if (too_much()) group = std::min<int64_t>(group, 4), q_len = std::min<int64_t>(q_len, 33);
         if (lengths != PAGES || t == DType::float64) stored = t;
-        if (stored == DType::int4 && (dim % 2 || v_dim % 2)) stored = DType::int8;
+        if (stored == DType::int4) dim += dim % 2, v_dim += v_dim % 2;
     }
 
     bool padded() const { return lengths == PADDED || lengths == PAGES; }
@@ -204,12 +204,12 @@ struct Data {
     void choose_lengths(Random& random) {
         p.q_len = c.q_len, p.kv_len = c.lengths == PAGES ? up(c.kv_len, c.page) : c.kv_len;
         if (c.lengths == WHOLE) return;
-        const bool none = random.below(4) == 0;  // no sequence has keys
+        const bool none = random.below(c.lengths == PAGES ? 16 : 4) == 0;  // no sequence has keys
         if (c.lengths == PACKED) q_ends = kv_ends = {0};
         for (int64_t n = 0; n < c.batch; n++) {
             int64_t queries = random.below(c.q_len + 1), keys = none ? 0 : random.below(c.kv_len + 1);
             if (n == 0) queries = c.q_len;
-            if (n == 1 && !none) keys = c.kv_len;
+            if (n == (c.lengths == PAGES ? 0 : 1) && !none) keys = c.kv_len;
             if (c.lengths == PACKED) queries += q_ends.back(), keys += kv_ends.back();
             q_ends.push_back(queries), kv_ends.push_back(keys);
         }

@@ -191,9 +191,13 @@ TILEFOLD_INLINE double one(double x) { return x; }
 TILEFOLD_INLINE float one(BFloat x) { return bits_as<float>(uint32_t(x.bits) << 16); }
 TILEFOLD_INLINE float one(Half x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
-    const bool special = (x.bits & 0x7c00) == 0x7c00;
-    const float scaled = bits_as<float>(rest) * 0x1p112f;  // exact, and right for subnormal numbers too
-    return bits_as<float>((special ? rest | 0x7f800000 : bits_as<uint32_t>(scaled)) | sign);
+    // Subnormal halves are given a leading 1, which is taken off again: a float that is subnormal might count
+    // as 0.
+    const float small = bits_as<float>(rest + 0x38800000u) - 0x1p-14f;
+    const uint32_t y = rest >= 0x0f800000u  ? rest | 0x7f800000u
+                       : rest < 0x00800000u ? bits_as<uint32_t>(small)
+                                            : rest + 0x38000000u;
+    return bits_as<float>(y | sign);
 }
 
 TILEFOLD_INLINE void put(float* p, float x) { *p = x; }
@@ -287,7 +291,9 @@ TILEFOLD_INLINE float one(Float8 x, int64_t) {
                                             : rest + 0x3c000000u;
     return bits_as<float>(y | sign);
 }
-TILEFOLD_INLINE F32 widen(const Int8* p) { return __builtin_convertvector(bits_as<I32>(spread_bytes(p)), F32); }
+TILEFOLD_INLINE F32 widen(const Int8* p) {
+    return __builtin_convertvector(bits_as<I32>(spread_bytes(p)), F32);
+}
 TILEFOLD_INLINE F32 widen(const Int4* p) {
     const U64 bytes = bits_as<U64>(spread_pairs(p)), low = U64{} + 0xffffffffu;
     const I32 nibbles =

@@ -107,6 +107,17 @@ def test_rows_of_zeros_and_of_next_to_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_for_a_page_is_one_for_a_long_row(kind):
+    pages = some((3, 2, 5, 8))
+    codes, scales = quantise(pages.reshape(3, 2, 40), kind)
+    codes = codes.reshape(3, 2, 5, -1)
+    right = dequantise(codes, np.repeat(scales[..., None], 5, axis=-1))
+    cache = Cache(codes, codes, np.array([1]), np.array([[2]]), k_scale=scales, v_scale=scales)
+    out = tf.attention(np.ones((1, 2, 1, 8), np.float32), cache)  # one key: its value
+    assert_same_bits(out, right[2:, :, :1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_quantised_again_stays_as_it_is(kind):
     codes, scales = quantise(some(), kind, group=16)
     again = quantise(dequantise(codes, scales), kind, group=16)

@@ -142,6 +142,17 @@ def test_rows_alone_where_numbers_vanish(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_alone_under_a_bias_of_subnormal_halves(dtype):
+    """Few rows are folded where a machine takes subnormal floats for 0, and many where it does not."""
+    q = np.zeros((1, 40, 16), numpy_type(dtype))
+    bias = np.random.default_rng(0).integers(1, 1024, (40, 50)).astype(np.uint16).view(np.float16)
+    whole = attend(q, q[:, [0] * 50], q[:, [0] * 50], bias=bias)
+    for i in range(40):
+        alone = attend(q[:, :1], q[:, [0] * 50], q[:, [0] * 50], bias=bias[i : i + 1])
+        assert_same_bits(alone, tuple(x[:, i : i + 1] for x in whole), i)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_item_is_what_it_is_alone(kind, dtype):
     """At any place of the batch, and for one row as for many."""
