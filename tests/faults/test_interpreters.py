@@ -23,7 +23,9 @@ HERE = Path(tf.__file__).parent
 @pytest.fixture
 def twin(tmp_path):
     """The environment in which the package is there a second time, as `twin`."""
-    shutil.copytree(HERE, tmp_path / "twin", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(HERE, tmp_path / "twin", ignore=shutil.ignore_patterns("__pycache__", "_core*"))
+    if CORE is not None:  # which an editable installation keeps elsewhere
+        shutil.copy(CORE.__file__, tmp_path / "twin")
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))}
 
 

@@ -36,7 +36,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.getrlimit(resourc
         ((1, 2**20, 1), (1, 2, 1), (1, 2, 2**12)),
         ((1, 1, 2**28), (1, 1, 2**28), (1, 1, 1)),
         ((1, 1, 1), (1, 600, 1), (1, 600, 2**24)),
-        ((1, 2**12, 16), (1, 2**21, 16), (1, 2**21, 16)),
+        ((1, 2**12, 16), (1, 2**22, 16), (1, 2**22, 16)),
     ],
     ids=["output", "workspace for queries", "workspace for values", "workspace for panels"],
 )
