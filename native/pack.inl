@@ -108,6 +108,16 @@ Rowed<T> bring_values(const Call& c, const Unit& u, int64_t k0, int64_t k1, T* o
     return bring(c, u, u.v, u.v_scale, c.v, c.v_pages, c.v_dim, k0, k1, own);
 }
 
+// Where the key row k that comes after a block lies, for asking ahead; `otherwise` where that says nothing.
+template <class T>
+const T* after(const Call& c, const Unit& u, const void* base, const Strides& s, const Pages& p, int64_t k,
+               const T* otherwise) {
+    const T* const from = static_cast<const T*>(base);
+    if (!c.page) return from + k * s.row;
+    if (is_code(c.kv_type) || k >= u.kv_len || u.table[k / c.page] < 0) return otherwise;
+    return from + u.table[k / c.page] * p.step + k % c.page * s.row;
+}
+
 // Query or output row r of a unit, in elements from its start.
 TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) { return Row(r, group).at(s); }
 

@@ -123,6 +123,7 @@ struct Rows {
     Worker& w;
     const int64_t r0, rows, depth, keys_most, width;  // width: value dims in whole vectors
     Rowed<T> keys, values;                            // of the block in work, from its first key on
+    const T *next_keys, *next_values;                 // of the block after it
     T *key_rows, *value_rows;                         // where they are copied to from pages that lie apart
     B* queries;                                       // [R][depth · EACH]
     E* scores;                                        // [R][keys of a block]
@@ -181,7 +182,7 @@ struct Rows {
     // ---- the steps of a block ----
 
     // Scaled products of the rows with W keys of the block, of which `n` exist.
-    TILEFOLD_INLINE void products(const T* from, int64_t n, Vec<E> (&acc)[R]) const {
+    TILEFOLD_INLINE void products(const T* from, const T* ahead, int64_t n, Vec<E> (&acc)[R]) const {
         const B* q = queries;
         Sums<K, R> sums;
         const auto add = [&](int64_t d, Vec<E> keys) TILEFOLD_LAMBDA {
@@ -191,12 +192,12 @@ struct Rows {
         Vec<E> x[W];
         int64_t at = 0;
         for (; at + W <= c.dim / PAIR; at += W) {
-            columns(from, n, at, x);
+            columns(from, ahead, n, at, x);
             each<W>([&](auto d) TILEFOLD_LAMBDA { add(at + d, x[d]); });
             sums.close();
         }
         if (const int64_t left = up(c.dim, PAIR) / PAIR - at) {
-            columns(from, n, at, x);
+            columns(from, ahead, n, at, x);
             for (int64_t d = 0; d < left; d++) add(at + d, x[d]);
             sums.close();
         }
@@ -204,10 +205,11 @@ struct Rows {
         each<R>([&](auto r) TILEFOLD_LAMBDA { acc[r] = sums.total[r] * scale; });
     }
     // x[d]: dim (or pair of dims) at + d of W keys.
-    TILEFOLD_INLINE void columns(const T* from, int64_t n, int64_t at, Vec<E> (&x)[W]) const {
+    TILEFOLD_INLINE void columns(const T* from, const T* ahead, int64_t n, int64_t at, Vec<E> (&x)[W]) const {
         each<W>([&](auto key) TILEFOLD_LAMBDA {
-            const T* p = from + least(key, n - 1) * keys.row + PAIR * at * keys.col;
-            __builtin_prefetch(p + KEYS_AHEAD * keys.row);
+            const int64_t there = least(key, n - 1) * keys.row + PAIR * at * keys.col;
+            const T* p = from + there;
+            __builtin_prefetch(ahead + there);
             if constexpr (PAIR == 1)
                 x[key] = some<E>(p, keys.col, c.dim - at);
 #ifdef TILEFOLD_HAS_DOT2
@@ -227,7 +229,9 @@ struct Rows {
         for (int64_t j = j0; j < j1; j += W) {
             const int64_t n = least(W, j1 - j);
             Vec<E> acc[R];
-            products(keys.from(j - j0), n, acc);
+            const int64_t later = j - j0 + KEYS_AHEAD;
+            products(keys.from(j - j0),
+                     later < j1 - j0 ? keys.from(later) : next_keys + (later - (j1 - j0)) * keys.row, n, acc);
             each<R>([&](auto r) TILEFOLD_LAMBDA {
                 Vec<E> x = acc[r];
                 if (!plain) x = transformed(x, r, j, n);
@@ -326,11 +330,14 @@ struct Rows {
     template <int C, Values HOW>
     TILEFOLD_INLINE void dims(int64_t d, int64_t j0, int64_t j1, const E (&keep)[R]) {
         const T* v = values.at + d * values.col;
+        const T* ahead = v + VALUES_AHEAD * values.row;
+        // The key from which on the next block is asked for.
+        const int64_t turn = most(j1 - j0 - VALUES_AHEAD, 0) / PAIR * PAIR;
         const B* p = weights;
         Sums<K, R * C> sums;
         const auto step = [&](auto keys) TILEFOLD_LAMBDA {
             each<keys>([&](auto key) TILEFOLD_LAMBDA {
-                const char* p = reinterpret_cast<const char*>(v + (VALUES_AHEAD + key) * values.row);
+                const char* p = reinterpret_cast<const char*>(ahead + key * values.row);
                 each<(C * W * sizeof(T) + 63) / 64>(
                     [&](auto line) TILEFOLD_LAMBDA { __builtin_prefetch(p + line * 64); });
             });
@@ -346,7 +353,9 @@ struct Rows {
             });
         };
         int64_t k = 0;
-        for (; k + PAIR <= j1 - j0; k += PAIR, v += PAIR * values.row, p += EACH) {
+        for (; k + PAIR <= j1 - j0;
+             k += PAIR, v += PAIR * values.row, p += EACH, ahead += PAIR * values.row) {
+            if (k == turn) ahead = next_values + d * values.col;
             step(Int<PAIR>{});
             if (K::DEPTH > 1 && (k / PAIR + 1) % K::DEPTH == 0) sums.close();
         }
@@ -400,6 +409,8 @@ struct Rows {
         for (int r = 0; r < R; r++) top[r] = max_part[r];
         keys = bring_keys(c, u, j0, j1, key_rows);
         values = bring_values(c, u, j0, j1, value_rows);
+        next_keys = after(c, u, u.k, c.k, c.k_pages, j1, keys.at);
+        next_values = after(c, u, u.v, c.v, c.v_pages, j1, values.at);
         score(j0, j1, kind, top);
         uint8_t seen[CAREFUL ? R * SEGMENT : 1];  // a block is at most a segment
         if constexpr (CAREFUL)

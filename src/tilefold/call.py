@@ -8,14 +8,17 @@ from there, and a padded batch equals the same sequences packed, or alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, isfinite, sqrt
+from functools import reduce
+from itertools import compress, product
+from math import inf, isfinite, prod, sqrt
+from operator import or_
 from typing import Any
 
 import numpy as np
 
 from .arrays import enter, enter_floats
 from .caches import cascade
-from .dtypes import CODES, ROWS, Code, code_of
+from .dtypes import CODES, ROWS, Code, code_of, name_of
 from .frameworks import is_traced
 from .layouts import Frame, Stored, empty_like
 from .masks import BandMask, Mask, causal, check_cu_seqlens, dense, split, window
@@ -153,8 +156,6 @@ def understand(
     q, k, v = (a[None] if squeeze else a for a in arrays.values())
     (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape[-3:], v.shape[-3:]
     x = Operands(q, k, v)
-    if stored is not None:
-        o = _with_lengths(o, stored)
     if stored is not None and stored.table is not None:
         x.table = _table(stored.table, len(k))
         kv_len *= x.table.shape[1]
@@ -162,7 +163,7 @@ def understand(
         x.k_scale = _scales("k_scale", stored.k_scale, k, code)
         x.v_scale = _scales("v_scale", stored.v_scale, v, code)
         v_dim *= code.each
-    layout, batch = _lengths(o, x, kv_len)
+    layout, batch = _lengths(o, x, kv_len, stored)
     band = _masks(o, x, kv_len)
     if stored is not None and stored.first is not None:
         _check_held(x, band, heads, stored)
@@ -175,9 +176,9 @@ def understand(
         kv_len=kv_len,
         dim=dim,
         v_dim=v_dim,
-        q_dtype=q.dtype.name,
-        kv_dtype=k.dtype.name if code is None else code.name,
-        acc_dtype=ROWS[q.dtype.name].accumulate,
+        q_dtype=name_of(q.dtype),
+        kv_dtype=name_of(k.dtype) if code is None else code.name,
+        acc_dtype=ROWS[name_of(q.dtype)].accumulate,
         scale=_number("scale", o.scale, q.dtype) if o.scale is not None else (1 / sqrt(dim) if dim else 1.0),
         softcap=None if o.softcap is None else _number("softcap", o.softcap, q.dtype),
         band=band,
@@ -305,13 +306,6 @@ def _stored(k: Any, v: Any) -> Stored | None:
     return stored
 
 
-def _with_lengths(o: Options, stored: Stored) -> Options:
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths"):
-        if getattr(o, name) is not None:
-            raise TypeError(f"{name} must not be given with a cache, which knows its lengths")
-    return replace(o, kv_lengths=stored.lengths)
-
-
 def _entered(q: Any, stored: Stored) -> tuple[dict[str, np.ndarray], Code | None, Stored]:
     """q and what is stored as arrays, and the codes that the latter are. Codes always lie in pages: of a cache without
     a table each sequence is one."""
@@ -436,18 +430,19 @@ def _sees(mask: Mask, band: Band, frame: Frame, heads: int, lo: int, hi: int) ->
 def _has(layout: Layout, x: Operands) -> Has:
     """Which optional arrays there are."""
     ends = x.q_ends is not None or x.kv_ends is not None
-    there = {
-        Has.SPANS: x.mask is not None,
-        Has.BITS: x.mask is not None and x.mask.may_need_bits,
-        Has.BIAS: x.bias is not None,
-        Has.ALIBI: x.alibi is not None,
-        Has.SINKS: x.sinks is not None,
-        Has.LENGTHS: ends and layout is not Layout.VARLEN,
-    }
-    has = Has(0)
-    for bit, yes in there.items():
-        has |= bit if yes else Has(0)
-    return has
+    there = (
+        x.mask is not None,
+        x.mask is not None and x.mask.may_need_bits,
+        x.bias is not None,
+        x.alibi is not None,
+        x.sinks is not None,
+        ends and layout is not Layout.VARLEN,
+    )
+    return _HAS[there]
+
+
+# Looked up, because flags that are joined one by one cost as much as the rest of such a check.
+_HAS = {there: reduce(or_, compress(Has, there), Has(0)) for there in product((False, True), repeat=len(Has))}
 
 
 def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
@@ -474,15 +469,20 @@ def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"k and v must have the same heads and length, got k {k.shape} and v {v.shape}")
 
 
-def _lengths(o: Options, x: Operands, kv_len: int) -> tuple[Layout, int]:
+def _lengths(o: Options, x: Operands, kv_len: int, stored: Stored | None) -> tuple[Layout, int]:
     """Where sequences end: fills ``x.q_ends`` and ``x.kv_ends``; the layout and the number of sequences."""
-    lead, q_len = x.lead, x.q.shape[-2]
+    lead, q_len, kv_lengths = x.lead, x.q.shape[-2], o.kv_lengths
+    if stored is not None:
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths"):
+            if getattr(o, name) is not None:
+                raise TypeError(f"{name} must not be given with a cache, which knows its lengths")
+        kv_lengths = stored.lengths
     packed = o.cu_seqlens_q is not None or o.cu_seqlens_k is not None
     if not packed:
         x.q_ends = _ends("q_lengths", o.q_lengths, lead, q_len)
-        x.kv_ends = _ends("kv_lengths", o.kv_lengths, lead, kv_len)
+        x.kv_ends = _ends("kv_lengths", kv_lengths, lead, kv_len)
         layout = Layout.DENSE if x.table is None else Layout.PAGED
-        return layout, int(np.prod(lead, dtype=object)) if lead else 1
+        return layout, prod(lead)
     if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
         raise TypeError("cu_seqlens_q and cu_seqlens_k come together")
     if o.q_lengths is not None or o.kv_lengths is not None:
@@ -515,7 +515,9 @@ def _ends(name: str, given: Any, lead: tuple[int, ...], most: int) -> np.ndarray
         )
     if array.size and not (array.min() >= 0 and array.max() <= most):
         raise ValueError(f"{name} must lie within 0 and {most}, got {array.min()} to {array.max()}")
-    return np.array(np.broadcast_to(array, lead), np.int64)
+    own = np.empty(lead, np.int64)
+    own[...] = array
+    return own
 
 
 def mask_of(o: Options) -> Mask | None:

@@ -8,6 +8,7 @@ are quantised to has rows of its own (`CODES`): nothing is computed in those typ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -60,14 +61,20 @@ CODES = {
 }
 
 
+@cache
+def name_of(dtype: np.dtype) -> str:
+    """``dtype.name``, which NumPy makes up anew each time."""
+    return str(dtype.name)
+
+
 def code_of(dtype: np.dtype) -> Code | None:
     """The codes that arrays of `dtype` hold; None where they hold none."""
-    return next((code for code in CODES.values() if code.array == dtype.name), None)
+    return next((code for code in CODES.values() if code.array == name_of(dtype)), None)
 
 
 def known(dtype: np.dtype) -> bool:
     """Whether `dtype` has a row and lies in this machine's byte order."""
-    return dtype.name in ROWS and dtype.isnative
+    return name_of(dtype) in ROWS and dtype.isnative
 
 
 def names() -> str:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ..dtypes import name_of
 from ..layouts import empty_like, fill_padding, frames
 from ..masks import Dense, Mask
 from ..plan import BackendRefused, Plan
@@ -182,7 +183,7 @@ def _as_core_reads(x: np.ndarray) -> np.ndarray:
 
 def _plain(x: np.ndarray) -> np.ndarray:
     """Types that NumPy's buffers do not know as the integers that they are made of."""
-    return x.view(f"u{x.itemsize}") if x.dtype.name in ("bfloat16", "float8_e4m3fn") else x
+    return x.view(f"u{x.itemsize}") if name_of(x.dtype) in ("bfloat16", "float8_e4m3fn") else x
 
 
 def _as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,7 +11,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -364,14 +364,14 @@ class PagedKVCache:
             for page, rows in filled.items():
                 yield from (head[:rows] for head in x[page])
 
-    def _stored(self, ids: tuple[int, ...]) -> Stored:
+    def _stored(self, ids: tuple[int, ...], cascade: bool) -> Stored:
         sequences = [self._of(id) for id in ids]
         table = np.full((len(ids), roomy(max((len(s.pages) for s in sequences), default=0))), -1)
         for row, s in zip(table, sequences, strict=True):
             row[: len(s.pages)] = s.pages
         lengths = np.array([s.length for s in sequences], np.int64)
         first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
-        return Stored(self._pool.k, self._pool.v, lengths, table, first, self._anchors)
+        return Stored(self._pool.k, self._pool.v, lengths, table, first, self._anchors, cascade)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +384,7 @@ class PagedView:
 
     def stored(self) -> Stored:
         """What `tilefold.attention` reads."""
-        return replace(self.cache._stored(self.ids), cascade=self.cascade)
+        return self.cache._stored(self.ids, self.cascade)
 
     @property
     def capacity(self) -> int:

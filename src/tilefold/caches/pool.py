@@ -2,7 +2,8 @@
 
 Stored as ``(pages, kv_heads, page, dim)``, so that the rows of a head lie one after another within a page. Decoding
 reads head by head: with the heads of a row together each row would lie in a page of memory of its own, and took 1.7
-times as long. The fact to know: nothing here fails halfway. `reserve` is what may fail, and it is asked before anything is changed.
+times as long. The lowest free page is given first. The fact to know: nothing here fails halfway. `reserve` is what may
+fail, and it is asked before anything is changed.
 """
 
 from __future__ import annotations

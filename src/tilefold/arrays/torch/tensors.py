@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...dtypes import name_of
+
 # Types that NumPy does not have: their names there, and the tensors of the same bits.
 FOREIGN = {
     torch.bfloat16: ("bfloat16", torch.uint16),
@@ -33,7 +35,7 @@ def enter(name: str, x: Tensor) -> np.ndarray:
 def leave(x: np.ndarray) -> Tensor:
     """An array that a call made, as a tensor over the same memory."""
     for dtype, (name, _) in FOREIGN.items():
-        if x.dtype.name == name:
+        if name_of(x.dtype) == name:
             return torch.from_numpy(x.view(f"u{x.itemsize}")).view(dtype)
     return torch.from_numpy(x)
 
