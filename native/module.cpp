@@ -212,6 +212,8 @@ class Fold {
             inputs(q, k, v, array(out), array(lse), bias, cells, alibi, sinks, q_ends, kv_ends);
         if (table) arrays.table = table->data(), arrays.table_width = int64_t(table->shape(1));
         arrays.k_scale = array(k_scale), arrays.v_scale = array(v_scale);
+        if (tilefold::is_code(problem_.kv_dtype) != bool(k_scale && v_scale))
+            throw std::invalid_argument("keys and values have scales where they are codes, and only there");
         const tilefold::Report report =
             fold(arrays, selection(first_row, last_row, frame, head, lo, hi, bits, bits_start), team);
         return {report.bytes, report.infinite};

@@ -13,7 +13,7 @@ from bits import assert_same_bits
 from budgets import judge, rounds_weights
 
 import tilefold as tf
-from tilefold.caches import dequantise, quantise
+from tilefold.caches import cascade, dequantise, quantise
 from tilefold.dtypes import CODES, ROWS, code_of
 from tilefold.layouts import Stored
 from tilefold.naive import naive
@@ -257,6 +257,25 @@ def test_a_cache_without_a_table_is_a_page_per_sequence(backend, request):
     dense = dequantise(k_codes, k_scale), dequantise(v_codes, v_scale)
     right = tf.attention(q, *dense, causal=True, kv_lengths=lengths, return_lse=True, backend=backend)
     assert_same_bits(got, right)
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_that_are_folded_once_for_all(kind, monkeypatch):
+    """Sequences that share all pages but their last, in a cascade: over codes, and over their numbers in pages."""
+    monkeypatch.setattr(cascade, "PAYS", -(2**40))
+    rng = np.random.default_rng(1)
+    codes = random_codes(rng, (7, 2, 16, 32), kind)
+    scales = scales_of(rng, (7, 2, 16), "group", 2)
+    q = rng.standard_normal((3, 4, 2, 32)).astype(np.float32)
+    table, lengths = np.array([[2, 6, 0], [2, 6, 3], [2, 6, 5]]), np.array([47, 40, 33])
+    rows = numbers(codes, scales, kind, "float32")
+    over_codes = Cache(Stored(codes, codes, lengths, table, cascade=True, k_scale=scales, v_scale=scales))
+    over_numbers = Cache(Stored(rows, rows, lengths, table, cascade=True))
+    assert (
+        tf.explain(q, over_codes, causal=True).shared == tf.explain(q, over_numbers, causal=True).shared == 32
+    )
+    assert_same_bits(*(tf.attention(q, x, causal=True, return_lse=True) for x in (over_codes, over_numbers)))
 
 
 @native

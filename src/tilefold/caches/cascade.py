@@ -43,7 +43,7 @@ def shared_pages(p: Problem, x: Operands, backend: str) -> int:
 def _saved(p: Problem, x: Operands, pages: int, backend: str) -> int:
     """The bytes of shared keys and values that need not be read again: once per tile of query rows."""
     keys = pages * x.k.shape[-2]
-    row = p.kv_heads * (p.dim + p.v_dim) * x.k.dtype.itemsize
+    row = p.kv_heads * (x.k.shape[-1] + x.v.shape[-1]) * x.k.itemsize
     whole, once = (choose(problem, backend)[0] for problem in (p, _shared(p, keys)))
     apart = p.batch * -(-p.q_len // whole.block_q)
     return int(keys * row * (apart - -(-p.batch * p.q_len // once.block_q)))
@@ -61,7 +61,10 @@ def fold(p: Problem, x: Operands, pages: int, backend: str) -> None:
     assert x.table is not None and x.kv_ends is not None and x.out is not None
     keys = pages * x.k.shape[-2]
     rows = x.q.swapaxes(0, 1).reshape(1, p.heads, -1, p.dim)
-    once = Operands(rows, x.k, x.v, table=x.table[:1, :pages].copy(), kv_ends=np.array([keys]))
+    once = Operands(
+        rows, x.k, x.v, table=x.table[:1, :pages].copy(), kv_ends=np.array([keys]),
+        k_scale=x.k_scale, v_scale=x.v_scale,
+    )  # fmt: skip
     rest = replace(x, table=x.table[:, pages:].copy(), kv_ends=x.kv_ends - keys, out=None, lse=None)
     states = []
     for problem, part in (
