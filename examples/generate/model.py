@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import smollm2  # noqa: E402
+import smollm2
 
 QUESTION = "\n\nAnswer in one sentence: what is the text above about?"
 OTHER = "Write the first ten even numbers, separated by commas."

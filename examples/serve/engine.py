@@ -24,7 +24,9 @@ class Request:
     prefix: int | None = None  # of Engine.prefixes
     written: list[int] = field(default_factory=list)
     done: bool = False
-    ids: list[int] = field(default_factory=list)  # sequences in the cache, one for each layer; none while it waits
+    ids: list[int] = field(
+        default_factory=list
+    )  # sequences in the cache, one for each layer; none while it waits
     read: int = 0  # tokens in the cache
     first: float | None = None  # seconds of steps until its first token
 
@@ -90,7 +92,9 @@ class Engine:
         if prefix is not None:
             shared = self.prefixes[prefix].prompt
             if len(prompt) <= len(shared) or prompt[: len(shared)] != shared:
-                raise ValueError(f"prompt must begin with prefix {prefix} and go on, got {len(prompt)} tokens")
+                raise ValueError(
+                    f"prompt must begin with prefix {prefix} and go on, got {len(prompt)} tokens"
+                )
             alone = self._pages(len(shared))
         if (needed := alone + self._beyond(request, len(prompt) + new)) > self.pages:
             raise ValueError(
@@ -203,12 +207,16 @@ class Engine:
                 return
             if (p is not None and p.left) or not self._room(self._beyond(r, len(r.tokens) + 1), p):
                 return
-            r.ids = [self.cache.open() for _ in range(self.model.layers)] if p is None else [*map(self.cache.fork, p.ids)]
+            r.ids = (
+                [self.cache.open() for _ in range(self.model.layers)]
+                if p is None
+                else [*map(self.cache.fork, p.ids)]
+            )
             r.read = 0 if p is None else p.read
             self.running.append(self.waiting.popleft())
 
     def _room(self, pages, keep):
-        """Whether so many pages are free and promised to nobody; prefixes that nobody uses, but for `keep`, make room."""
+        """Whether so many pages are free and promised to nobody. Prefixes that nobody uses make room, but for `keep`."""
         while True:
             promised = sum(self._beyond(r, len(r.tokens) + 1) - self._beyond(r, r.read) for r in self.running)
             promised += sum(self._pages(len(p.prompt)) - self._pages(p.read) for p in self.prefixes if p.ids)

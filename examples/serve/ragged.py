@@ -48,7 +48,10 @@ class Ragged:
         if not rope:
             raise ValueError(f"config.rope_parameters must be there, {type(model).__name__} has none")
         settings = [rope, *(x for x in rope.values() if isinstance(x, dict))]
-        if {x.get("rope_type") for x in settings} & {"dynamic", "longrope"}:  # depend on the longest of a batch
+        if {x.get("rope_type") for x in settings} & {
+            "dynamic",
+            "longrope",
+        }:  # depend on the longest of a batch
             raise ValueError(f"config.rope_parameters must not depend on the length, got {rope}")
         AttentionInterface.register(NAME, attention)
         model.set_attn_implementation(NAME)
@@ -69,7 +72,12 @@ class Ragged:
         ends = torch.tensor([len(row.tokens) for row in rows]).cumsum(0) - 1
         asked = ends[torch.tensor([row.asked for row in rows])]
         logits = self.model(
-            input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=asked, rows=rows, pages=cache
+            input_ids=tokens,
+            position_ids=places,
+            use_cache=False,
+            logits_to_keep=asked,
+            rows=rows,
+            pages=cache,
         ).logits
         return logits[0].argmax(-1).tolist()
 
@@ -78,7 +86,7 @@ def attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
     s_aux=None, rows=None, pages=None, **unused,
 ):  # fmt: skip
-    """transformers' attention function for `Ragged`: `rows` end to end as one batch item, keys and values to `pages`."""
+    """transformers' attention function for `Ragged`: queries of `rows` end to end, keys and values kept in `pages`."""
     if rows is None or attention_mask is not None or dropout:
         raise ValueError(f"{NAME} is for Ragged.next_tokens, which gives rows, no mask and no dropout")
     window = None if sliding_window is None else (sliding_window - 1, 0)
