@@ -216,7 +216,7 @@ class Engine:
             self.running.append(self.waiting.popleft())
 
     def _room(self, pages, keep):
-        """Whether so many pages are free and promised to nobody. Prefixes that nobody uses make room, but for `keep`."""
+        """Whether so many pages are free and promised to nobody. Prefixes without users make room, but for `keep`."""
         while True:
             promised = sum(self._beyond(r, len(r.tokens) + 1) - self._beyond(r, r.read) for r in self.running)
             promised += sum(self._pages(len(p.prompt)) - self._pages(p.read) for p in self.prefixes if p.ids)

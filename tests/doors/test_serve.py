@@ -1,0 +1,395 @@
+"""The engine of `examples/serve` writes what transformers writes, whoever runs beside whom, and after a SIGKILL too.
+
+Models are tiny and random. Matrix products of another number of rows round differently, so tokens can be compared only
+where the likeliest one is likelier by more than rounding: `reference` checks that, from the logits in float32 and in
+float64. A restored engine takes the same steps as one that was never stopped, so there nothing rounds differently.
+"""
+
+import fcntl
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+import tilefold as tf  # noqa: E402
+
+SERVE = Path(__file__).parents[2] / "examples" / "serve"
+sys.path.insert(0, str(SERVE))
+
+import serve  # noqa: E402
+import snapshot  # noqa: E402
+from engine import Engine  # noqa: E402
+from ragged import Ragged  # noqa: E402
+from screen import Table  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+
+WORDS, STOP = 260, 259
+TINY = {
+    "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": STOP,
+}  # fmt: skip
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**TINY),
+    "mistral": lambda: transformers.MistralConfig(**TINY, sliding_window=12),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **TINY, **WINDOWS, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
+    ),
+}
+NEW = 24
+ENOUGH = {"pages": 400, "page": 8, "most": 5, "chunk": 16}
+SETTINGS = {
+    "enough": ENOUGH,
+    "alone": {**ENOUGH, "most": 1},
+    "odd pages, small chunks": {**ENOUGH, "page": 5, "chunk": 3},
+    "one token a page": {**ENOUGH, "pages": 2000, "page": 1, "chunk": 500, "most": 50},
+    "few pages": {**ENOUGH, "pages": 44},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small take longer to share out than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def made(family="llama"):
+    """A model whose weights are large enough that attention is not nearly uniform."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.data.normal_(std=weight.shape[-1] ** -0.5)
+    return model
+
+
+def asked():
+    """(system, tokens, new) of a dozen requests: five with one system text, three with another, four with none."""
+    rng = np.random.default_rng(0)
+    texts = {"": [], "a": rng.integers(3, STOP, 37).tolist(), "b": rng.integers(3, STOP, 16).tolist()}
+    rows = []
+    for n in range(12):
+        system = "aabaa b a b "[n].strip()
+        own = rng.integers(3, STOP, int(rng.integers(1, 40))).tolist()
+        rows.append((system, texts[system] + own, int(rng.integers(2, NEW))))
+    return rows
+
+
+@lru_cache
+def reference(family="llama"):
+    """What transformers writes for each request alone; from a stop token on, nothing.
+
+    The token that the first request writes third is made the one to stop at, so that some do.
+    """
+    model = made(family)
+    requests = asked()
+    stop = alone(model, *requests[0][1:])[2]
+    model.generation_config.eos_token_id = stop
+    written = [alone(model, tokens, new) for _, tokens, new in requests]
+    wide = made(family).double()
+    for (_, tokens, _), more in zip(requests, written, strict=True):
+        ids = torch.tensor([tokens + more])
+        rows = slice(len(tokens) - 1, -1)
+        with torch.inference_mode():
+            narrow, exact = (m(ids).logits[0, rows].double() for m in (model, wide))
+        best = exact.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 16 * (narrow - exact).abs().max(), (
+            "the likeliest token depends on rounding"
+        )
+    assert any(len(w) < new for w, (_, _, new) in zip(written, requests, strict=True))
+    return stop, written
+
+
+def alone(model, tokens, new):
+    ids = torch.tensor([tokens])
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return whole[0, len(tokens) :].tolist()
+
+
+def engine_for(settings, family="llama", sharing=True):
+    """An engine with all requests in its queue."""
+    model = made(family)
+    model.generation_config.eos_token_id = reference(family)[0]
+    engine = Engine(Ragged(model), **settings)
+    serve.submit(engine, asked(), sharing)
+    return engine
+
+
+def finished(engine):
+    while engine.busy:
+        engine.step()
+    return [r.written for r in engine.requests]
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_are_those_of_each_request_alone(name, sharing):
+    engine = engine_for(SETTINGS[name], sharing=sharing)
+    assert finished(engine) == reference()[1]
+    assert engine.cache.pages_used == 0 and engine.cache.ids == []
+    assert (engine.totals.sent_back > 0) == (name == "few pages")
+    assert (engine.totals.most_saved > 0) == (sharing and name != "alone")
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_windows_and_softcaps(family):
+    assert finished(engine_for(ENOUGH, family)) == reference(family)[1]
+
+
+def test_sharing_reads_a_prefix_once():
+    shared, apart = engine_for(ENOUGH), engine_for(ENOUGH, sharing=False)
+    assert len(shared.prefixes) == 2 and not apart.prefixes
+    finished(shared), finished(apart)
+    again = sum(
+        (sum(r.prefix == n for r in shared.requests) - 1) * len(p.prompt)
+        for n, p in enumerate(shared.prefixes)
+    )
+    assert again > 0 and apart.totals.read - shared.totals.read == again
+    assert shared.totals.most_pages < apart.totals.most_pages
+
+
+def test_rows_that_read_and_rows_that_write_go_together():
+    engine = engine_for(ENOUGH)
+    kinds, whole = set(), engine.model.next_tokens
+
+    def seen(cache, rows):
+        kinds.add((any(len(r.tokens) > 1 for r in rows), sum(len(r.tokens) == 1 for r in rows) > 1))
+        assert sum(len(r.tokens) for r in rows if len(r.tokens) > 1) <= ENOUGH["chunk"]
+        assert len(rows) <= ENOUGH["most"] + len(engine.prefixes)
+        return whole(cache, rows)
+
+    engine.model.next_tokens = seen
+    finished(engine)
+    assert (True, True) in kinds
+
+
+# ---- stopped and continued -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["enough", "few pages"])
+def test_a_snapshot_of_any_step_continues_with_the_same_steps(tmp_path, name):
+    engine = engine_for(SETTINGS[name])
+    ragged, saved = engine.model, []
+    while engine.busy:
+        engine.step()
+        if engine.totals.steps % 5 == 0:
+            saved.append(tmp_path / str(engine.totals.steps))
+            snapshot.save(saved[-1], engine, 1)
+    assert len(saved) > 5
+    for folder in saved:
+        again = snapshot.load(folder, ragged, 1)
+        assert again.totals.steps == int(folder.name)
+        assert finished(again) == reference()[1]
+        assert (again.totals.steps, again.totals.sent_back) == (engine.totals.steps, engine.totals.sent_back)
+
+
+@pytest.mark.parametrize("broken", ["dump", "fsync"])
+def test_a_crash_between_the_two_files_leaves_the_older_snapshot(tmp_path, monkeypatch, broken):
+    engine = engine_for(ENOUGH)
+    for _ in range(10):
+        engine.step()
+    snapshot.save(tmp_path, engine, 1)
+    engine.step()
+
+    def crash(*args):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        if broken == "dump":
+            patch.setattr(snapshot.json, "dump", crash)
+        else:
+            whole = os.fsync
+            calls = iter([whole, whole, crash])  # the cache file, its folder, then the state
+            patch.setattr(os, "fsync", lambda handle: next(calls)(handle))
+        with pytest.raises(OSError, match="no space"):
+            snapshot.save(tmp_path, engine, 1)
+    assert (tmp_path / "step-11.cache").exists()
+    again = snapshot.load(tmp_path, engine.model, 1)
+    assert again.totals.steps == 10
+    assert finished(again) == reference()[1]
+    snapshot.save(tmp_path, again, 1)
+    assert len(list(tmp_path.glob("*.cache"))) == 1
+
+
+@pytest.mark.parametrize("at", [1, 2, 9, 40])
+def test_a_step_that_fails_changes_nothing(monkeypatch, at):
+    """Ctrl-C in some layer of some step, again and again."""
+    engine = engine_for(SETTINGS["few pages"])
+    whole, calls = tf.attention, 0
+
+    def interrupted(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls % at == 0:
+            calls += 1  # the next attempt is let through
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(tf, "attention", interrupted)
+    failures = 0
+    while engine.busy:
+        before = [(r.tokens, r.read) for r in engine.requests if r.ids]
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            failures += 1
+            for tokens, read in before:
+                now = next((r for r in engine.requests if r.tokens == tokens), None)
+                assert now is not None and (not now.ids or set(engine.cache.lengths(now.ids)) == {now.read})
+            if failures > 5:
+                monkeypatch.setattr(tf, "attention", whole)
+    assert failures
+    assert [r.written for r in engine.requests] == reference()[1]
+
+
+def checkpoint(folder):
+    """A model of `made` with a tokenizer of bytes, as `--model` takes them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: 3 + n for n, letter in enumerate(letters)}  # STOP is the number after the last
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    model = made()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+
+
+def test_killed_and_restarted_it_writes_the_same_tokens(tmp_path):
+    """The pipe holds one page and is read no further than to the line at which the program is killed, so it cannot
+    have come to its end: where it is then, no one knows."""
+    checkpoint(tmp_path / "model")
+    requests = [
+        {"system": "Be brief. " * 3, "prompt": f"Question {n}?", "new": 160 - 5 * n} for n in range(14)
+    ]
+    (tmp_path / "requests").write_text("\n".join(map(json.dumps, requests)))
+    command = [sys.executable, str(SERVE / "serve.py"), "--model", str(tmp_path / "model")]
+    command += ["--requests", str(tmp_path / "requests"), "--page", "8", "--pages", "300", "--chunk", "32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    folder, last = tmp_path / "kept", random.randrange(20, 60)
+    process = subprocess.Popen(
+        [*command, "--snapshot", str(folder), "--every", "10"], stdout=subprocess.PIPE, env=environment
+    )
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    lines = 0
+    while lines < last or not (folder / snapshot.STATE).exists():
+        assert os.read(process.stdout.fileno(), 1) != b"", "it ended before it was killed"
+        lines += 1
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+
+    done = subprocess.run(
+        [*command[:4], "--resume", str(folder), "--json", str(tmp_path / "again")],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step" in done.stderr
+    again = json.loads((tmp_path / "again").read_text())
+
+    args = serve.options().parse_args(command[2:])
+    tokenizer, model = serve.model_of(args)
+    engine = serve.engine_of(args, tokenizer, Ragged(model))
+    assert again["tokens"] == finished(engine)
+    assert again["totals"]["steps"] == engine.totals.steps
+    assert [len(tokens) for tokens in again["tokens"]] == [r["new"] for r in requests]
+
+
+# ---- what is seen, and what is refused -----------------------------------------------------------------------
+
+
+def test_the_table_shows_who_does_what():
+    console = pytest.importorskip("rich.console", reason="needs rich")
+    engine = engine_for({**ENOUGH, "most": 2})
+    for _ in range(12):
+        engine.step()
+    table = Table(engine, lambda tokens: " ".join(map(str, tokens)))
+    file = io.StringIO()
+    console.Console(file=file, width=100).print(table.drawn())
+    said = file.getvalue()
+    assert "waits" in said and "writes" in said and "of 12 done" in said
+    r = next(r for r in engine.running if r.written)
+    assert str(r.written[-1]) in said
+
+
+LONG = [5] * 600
+
+
+@pytest.mark.parametrize(
+    ("says", "call"),
+    {
+        "most must be >= 1, got 0": lambda e: Engine(e.model, **{**ENOUGH, "most": 0}),
+        "new must be >= 1, got 0": lambda e: e.submit([1, 2], 0),
+        r"must have 1 to 512 tokens, got 600 \+ 5": lambda e: e.submit(LONG, 5),
+        r"must have 1 to 512 tokens, got 0 \+ 5": lambda e: e.submit([], 5),
+        "prompt must begin with prefix 0 and go on, got 37 tokens": lambda e: e.submit(
+            e.prefixes[0].prompt, 5, 0
+        ),
+        "prompt must begin with prefix 1": lambda e: e.submit([1, *e.prefixes[1].prompt, 2], 5, 1),
+        "pages must be at least 28 for a prompt of 100 tokens and 5 more, got 27": lambda e: Engine(
+            e.model, **{**ENOUGH, "pages": 27}
+        ).submit(LONG[:100], 5),
+    }.items(),
+)
+def test_each_mistake_has_its_sentence(says, call):
+    engine = engine_for(ENOUGH)
+    with pytest.raises(ValueError, match=says):
+        call(engine)
+    assert len(engine.requests) == 12
+
+
+def test_just_enough_pages_are_enough():
+    engine = Engine(Ragged(made()), **{**ENOUGH, "pages": 28})
+    engine.submit(LONG[:100], 5)
+    assert [len(w) for w in finished(engine)] == [5]
+    assert engine.totals.most_pages == 26  # the last token written is never read
+
+
+def test_a_snapshot_is_for_one_model(tmp_path):
+    engine = engine_for(ENOUGH)
+    engine.step()
+    with pytest.raises(ValueError, match="is no snapshot"):
+        snapshot.load(tmp_path, engine.model, 1)
+    weights = snapshot.weights_of(engine.model.model)
+    snapshot.save(tmp_path, engine, weights)
+    other = made()
+    assert snapshot.weights_of(other) == weights
+    other.lm_head.weight.data[7, 7] += 1
+    with pytest.raises(ValueError, match="another model or other weights"):
+        snapshot.load(tmp_path, engine.model, snapshot.weights_of(other))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layer_types", ["chunked_attention", "full_attention"]),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        ("rope_parameters", None),
+    ],
+)
+def test_models_that_need_more_are_refused(field, value):
+    model = made()
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=f"config.{field}"):
+        Ragged(model)
