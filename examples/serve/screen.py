@@ -5,16 +5,18 @@ end that is not a letter yet waits for the next token.
 """
 
 import sys
+import time
 
 EVERY = 8  # tokens of a request from one plain line to the next
+PAUSE = 0.1  # seconds from one picture to the next
 
 
 class Lines:
-    """Some new words of one request a line."""
+    """Some new words of one request a line. After a restart those that were not done begin again with their first."""
 
     def __init__(self, engine, decode):
         self.engine, self.decode = engine, decode
-        self.shown = {n: len(settled(decode(r.written))) for n, r in enumerate(engine.requests)}
+        self.shown = {n: 0 for n, r in enumerate(engine.requests) if not r.done}  # letters, of those not done
 
     def __enter__(self):
         return self
@@ -24,26 +26,29 @@ class Lines:
 
     def update(self):
         for n, r in enumerate(self.engine.requests):
-            if r.ids or r.done:
+            if n in self.shown and (r.done or (r.ids and len(r.written) % EVERY == 0)):
                 self._say(n, r)
 
     def _say(self, n, r):
-        if self.shown[n] is None or (not r.done and len(r.written) % EVERY):
-            return
         text = settled(self.decode(r.written))
         if len(text) > self.shown[n]:
             print(f"{n:4d}  {one_line(text[self.shown[n] :])}", flush=True)
-        self.shown[n] = None if r.done else len(text)
+        self.shown[n] = len(text)
+        if r.done:
+            del self.shown[n]
 
 
 class Table:
-    """All requests, with rich."""
+    """All requests while they run, with rich; at the end what each wrote."""
 
-    def __init__(self, engine, decode):
+    def __init__(self, engine, decode, console=None):
+        from rich.console import Console
         from rich.live import Live
 
         self.engine, self.decode = engine, decode
-        self.live = Live(get_renderable=self.drawn, refresh_per_second=8, transient=True)
+        self.console = console or Console()
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.due = 0.0
 
     def __enter__(self):
         self.live.start()
@@ -51,39 +56,39 @@ class Table:
 
     def __exit__(self, *error):
         self.live.stop()
+        for n, r in enumerate(self.engine.requests):
+            self.console.print(f"{n:4d}  {one_line(self.decode(r.written))}", markup=False, highlight=False)
 
     def update(self):
-        pass  # drawn by the clock
+        if (now := time.monotonic()) >= self.due:
+            self.due = now + PAUSE
+            self.live.update(self.drawn(), refresh=True)
 
     def drawn(self):
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        e, t = self.engine, self.engine.totals
-        done = sum(r.done for r in e.requests)
+        e = self.engine
+        done = f"{sum(r.done for r in e.requests)} of {len(e.requests)} done"
         pages = f"{e.cache.pages_used} of {e.pages} pages, {e.saved} saved"
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            expand=True,
-            caption=f"{done} of {len(e.requests)} done   {rate(t)}   {pages}",
-        )
-        table.add_column("", justify="right")
-        table.add_column("", width=6)
-        table.add_column("tokens", justify="right")
-        table.add_column("last words", no_wrap=True, ratio=1)
+        table = Table(box=box.SIMPLE_HEAD, expand=True, caption=f"{done}   {rate(e.totals)}   {pages}")
+        for name, settings in {
+            "request": {"justify": "right"},
+            "": {"width": 6},
+            "tokens": {"justify": "right"},
+            "last words": {"no_wrap": True, "ratio": 1},
+        }.items():
+            table.add_column(name, **settings)
         for n, r in self._rows():
             text = one_line(settled(self.decode(r.written[-40:])))
-            table.add_row(
-                str(n), state(r), str(len(r.written)), Text(text[-(self.live.console.width - 30) :])
-            )
+            table.add_row(str(n), state(r), str(len(r.written)), Text(text[-(self.console.width - 32) :]))
         return table
 
     def _rows(self):
-        """Those that run, then the next ones, as many as there is room for."""
-        requests = list(enumerate(self.engine.requests))
-        order = sorted(requests, key=lambda x: (x[1].done, not x[1].ids))
-        return sorted(order[: max(self.live.console.height - 6, 1)])
+        """Those that run, then those that wait, then those that are done, as many as there is room for; by number."""
+        order = sorted(enumerate(self.engine.requests), key=lambda x: (x[1].done, not x[1].ids, x[0]))
+        return sorted(order[: max(self.console.height - 6, 1)], key=lambda x: x[0])
 
 
 def shown(engine, decode):

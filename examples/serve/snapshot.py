@@ -13,6 +13,7 @@ import os
 import zlib
 from pathlib import Path
 
+import torch
 from engine import Engine
 
 import tilefold as tf
@@ -25,7 +26,7 @@ def weights_of(model):
     """A number that other weights do not have, in all likelihood: a snapshot continues with its own model only."""
     total = 0
     for weight in model.parameters():
-        total = zlib.crc32(weight.detach().contiguous().view(-1).numpy().view("u1"), total)
+        total = zlib.crc32(weight.detach().contiguous().view(-1).view(torch.uint8).numpy(), total)
     return total
 
 

@@ -38,7 +38,8 @@ transformers.logging.set_verbosity_error()
 WORDS, STOP = 260, 259
 TINY = {
     "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": STOP,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": STOP,
 }  # fmt: skip
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
 CONFIGS = {
@@ -247,14 +248,14 @@ def test_a_step_that_fails_changes_nothing(monkeypatch, at):
     monkeypatch.setattr(tf, "attention", interrupted)
     failures = 0
     while engine.busy:
-        before = [(r.tokens, r.read) for r in engine.requests if r.ids]
+        before = [r.tokens for r in engine.requests]
         try:
             engine.step()
         except KeyboardInterrupt:
             failures += 1
-            for tokens, read in before:
-                now = next((r for r in engine.requests if r.tokens == tokens), None)
-                assert now is not None and (not now.ids or set(engine.cache.lengths(now.ids)) == {now.read})
+            assert [r.tokens for r in engine.requests] == before
+            for r in (*engine.requests, *engine.prefixes):
+                assert not r.ids or set(engine.cache.lengths(r.ids).tolist()) == {r.read}
             if failures > 5:
                 monkeypatch.setattr(tf, "attention", whole)
     assert failures
@@ -292,10 +293,10 @@ def test_killed_and_restarted_it_writes_the_same_tokens(tmp_path):
         [*command, "--snapshot", str(folder), "--every", "10"], stdout=subprocess.PIPE, env=environment
     )
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-    lines = 0
-    while lines < last or not (folder / snapshot.STATE).exists():
-        assert os.read(process.stdout.fileno(), 1) != b"", "it ended before it was killed"
-        lines += 1
+    while last > 0 or not (folder / snapshot.STATE).exists():
+        letter = os.read(process.stdout.fileno(), 1)
+        assert letter, "it ended before it was killed"
+        last -= letter == b"\n"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
@@ -324,13 +325,15 @@ def test_the_table_shows_who_does_what():
     engine = engine_for({**ENOUGH, "most": 2})
     for _ in range(12):
         engine.step()
-    table = Table(engine, lambda tokens: " ".join(map(str, tokens)))
     file = io.StringIO()
-    console.Console(file=file, width=100).print(table.drawn())
-    said = file.getvalue()
+    terminal = console.Console(file=file, width=100, height=30, force_terminal=True)
+    with Table(engine, lambda tokens: " ".join(map(str, tokens)), terminal) as table:
+        table.update()
+        said = file.getvalue()
     assert "waits" in said and "writes" in said and "of 12 done" in said
     r = next(r for r in engine.running if r.written)
-    assert str(r.written[-1]) in said
+    assert " ".join(map(str, r.written)) in said
+    assert len(file.getvalue()[len(said) :].splitlines()) > 12  # what each wrote
 
 
 LONG = [5] * 600
