@@ -115,7 +115,8 @@ def settled(text):
 
 
 def one_line(text):
-    return " ".join(text.split())
+    """Without line ends, and without what would move a terminal's cursor."""
+    return "".join(x if x.isprintable() else " " for x in " ".join(text.split()))
 
 
 def summary(engine):
