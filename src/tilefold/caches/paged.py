@@ -19,7 +19,7 @@ import numpy as np
 from ..layouts import Stored
 from ..masks import integer
 from .pool import Pool
-from .rows import Rows, counted, shortened
+from .rows import Rows, counted, per_sequence, shortened
 
 
 @dataclass(slots=True)
@@ -127,6 +127,27 @@ class PagedKVCache:
             for sequence, start in zip(sequences, starts, strict=True):
                 self._cut(sequence, start)
             raise
+
+    def pages_needed(self, ids: Any, lengths: Any) -> int:
+        """How many free pages an `append` of so many rows to these sequences takes; nothing changes.
+
+        Args:
+            ids: one id or several, each at most once.
+            lengths: how many rows, one integer or ``(len(ids),)``.
+
+        Copies of shared pages that would be written count, and so do the pages that a `window` gives back: where it
+        gives back more than it takes, the result is negative. An append of no more than `pages_free` succeeds.
+
+        >>> cache = PagedKVCache(kv_heads=1, dim=8, page=16, pages=4)
+        >>> a = cache.open()
+        >>> cache.append(a, *np.zeros((2, 1, 1, 40, 8), np.float32))
+        >>> b = cache.fork(a)
+        >>> cache.pages_needed(b, 1), cache.pages_needed([a, b], [1, 10]), cache.pages_free
+        (1, 2, 1)
+        """
+        sequences = list(self._named(ids, distinct=True).values())
+        new = per_sequence("lengths", lengths, len(sequences)).tolist()
+        return self._needed([(s, n) for s, n in zip(sequences, new, strict=True) if n])
 
     def truncate(self, ids: Any, lengths: Any) -> None:
         """Forget what comes after the first `lengths` positions, of one sequence or several: tokens that were guessed.
