@@ -34,7 +34,7 @@ memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --sona
 build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo generate small-gpt test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
+.PHONY: help build demo generate serve small-gpt test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,9 @@ demo: $(call installed,demo) .venv/installed/model ## Run the example on real se
 
 generate: $(call installed,$(MODEL_EXTRAS)) .venv/installed/smollm2 ## Let a language model read and write, with each attention.
 	$(python) examples/generate/generate.py
+
+serve: $(call installed,$(MODEL_EXTRAS)) .venv/installed/smollm2 ## Let one answer a dozen requests at once, out of a paged cache.
+	$(python) examples/serve/serve.py --check
 
 small-gpt: $(call installed,$(MODEL_EXTRAS)) ## Train a small GPT with each attention; draws docs/small_gpt.png.
 	$(python) examples/small_gpt/train.py
