@@ -85,7 +85,11 @@ def test_docstrings_run(name):
     report: list[str] = []
     for example in doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=names):
         runner.run(example, out=report.append)
-    assert not runner.summarize(verbose=False).failed, "".join(report)
+    failed = runner.summarize(verbose=False).failed
+    missing = re.findall(r"ModuleNotFoundError: No module named '(\w+)'", "".join(report))
+    if failed and missing and set(missing) <= OPTIONAL:
+        pytest.skip(f"{name} shows {missing[0]}, which is not installed")
+    assert not failed, "".join(report)
 
 
 def test_the_public_surface_is_documented_by_example():
