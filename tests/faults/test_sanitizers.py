@@ -38,7 +38,7 @@ def test_an_address_that_is_no_multiple_of_the_item_size():
 raw = np.zeros(4 * 3 * 5 + 1, np.uint8)
 x = raw[1:].view(np.float32).reshape(1, 5, 3)
 out = np.zeros((1, 5, 3), np.float32)
-fold(1, 1, 1, 5, 5, 3, 3).run(x, x, x, out, *[None] * 7, 0, 5, -1, -1, None, None, None, 0, 0)
+fold(1, 1, 1, 5, 5, 3, 3).run(x, x, x, out, *[None] * 10, 0, 5, -1, -1, None, None, None, 0, 0)
 """
     )
     assert done.returncode != 0
