@@ -555,7 +555,8 @@ struct Replay {
             const int64_t j0 = most(s0, lanes.sight.first), j1 = least(s1, lanes.sight.last);
             for (int64_t k0 = s0 + (j0 - s0) / c.block_k * c.block_k; k0 < j1; k0 += c.block_k)
                 block(k0, most(k0, j0 / K::KEYS * K::KEYS), least(k0 + c.block_k, j1));
-            if (to.dbias && g.dbias.col == 0) add_row_sums();
+            if (to.dbias && g.dbias.col == 0 && j0 < j1)
+                add_row_sums();  // without keys there may be no dbias
             hand_over(tile, number, first, last);
         }
         close_segment();
