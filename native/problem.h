@@ -25,7 +25,7 @@ static constexpr int64_t width(DType type) {
     row(SPANS, 1) row(BITS, 2) row(BIAS, 4) row(ALIBI, 8) row(SINKS, 16) row(LENGTHS, 32)
 
 #define TILEFOLD_WANT(row) \
-    row(LSE, 1) row(GRAD, 2) row(INVARIANT, 4) row(TAPS, 8) row(ENTROPY, 16) row(TOPK, 32) row(MAX_LOGIT, 64)
+    row(LSE, 1) row(GRAD, 2) row(INVARIANT, 4) row(ROWS, 8) row(KEYS, 16) row(SHOWN, 32)
 
 #define TILEFOLD_ENUMERATOR(name, value) name = value,
 enum Layout : uint8_t { TILEFOLD_LAYOUT(TILEFOLD_ENUMERATOR) };

@@ -14,13 +14,14 @@ import numpy as np
 
 from . import shortcut
 from .arrays import door_of, enter_floats, leave
-from .call import DROPOUT, Call, Options, differentiated, flag, folded, understand
+from .call import DROPOUT, NO_VALUES, Call, Options, differentiated, flag, folded, understand
 from .dtypes import CODES
 from .layouts import empty_like, frames
 from .masks import Mask
-from .plan import Plan, backend_of
+from .plan import Plan
+from .probes.statistic import Filled, Regions, Seen, Statistic, TopK, check, results, taps_of
 from .problem import Has, Operands, Problem, Want
-from .replay import Grads, Probe
+from .replay import Grads
 from .stats import OnlineStats
 from .tiles import visible_in_band
 
@@ -51,15 +52,15 @@ def attention(
     window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float | None = None,
     bias: Array | None = None, alibi: Array | None = None, sinks: Array | None = None,
     cu_seqlens_q: Array | None = None, cu_seqlens_k: Array | None = None, q_lengths: Array | None = None,
-    kv_lengths: Array | None = None, return_lse: bool = False, probes: list[Probe] | tuple[Probe, ...],
+    kv_lengths: Array | None = None, return_lse: bool = False, probes: list[Any] | tuple[Any, ...],
     out: Array | None = None, invariant: bool = False, backend: str = "auto", plan: Plan | None = None,
-) -> tuple[Array, Array, SimpleNamespace]: ...  # fmt: skip
+) -> tuple[Array, Array, Seen]: ...  # fmt: skip
 def attention(
     q: Array, k: Array, v: Array = None, mask: Mask | Array | None = None, *, causal: bool = False,
     window: tuple[int | None, int | None] | None = None, scale: float | None = None, softcap: float | None = None,
     bias: Array | None = None, alibi: Array | None = None, sinks: Array | None = None,
     cu_seqlens_q: Array | None = None, cu_seqlens_k: Array | None = None, q_lengths: Array | None = None,
-    kv_lengths: Array | None = None, return_lse: bool = False, probes: list[Probe] | tuple[Probe, ...] = (),
+    kv_lengths: Array | None = None, return_lse: bool = False, probes: list[Any] | tuple[Any, ...] = (),
     out: Array | None = None, invariant: bool = False, backend: str = "auto", plan: Plan | None = None,
     **unknown: Any,
 ) -> Any:  # fmt: skip
@@ -85,7 +86,7 @@ def attention(
         q_lengths, kv_lengths: lengths of padded sequences, of the leading shape. A sequence counts as ending there:
             masks align to its own lengths, its padding is ignored, padding rows of the output are 0.
         return_lse: also return the log-sum-exp of the scores ``(..., Hq, Sq)`` in the accumulate type.
-        probes: statistics of the weights; the result is then ``(out, lse, seen)``.
+        probes: statistics of the weights, as of `probe`; the result is then ``(out, lse, seen)``.
         out: array to write to; q's shape (with Dv), type, no memory shared with an input.
         invariant: demand the same bits for a row whatever the shape around it; refused by backends that cannot.
         backend: "auto", or the name of one that must do it.
@@ -124,18 +125,17 @@ def attention(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_lengths=q_lengths, kv_lengths=kv_lengths,
         invariant=invariant,
     )  # fmt: skip
-    _check_probes(probes)
+    statistics = check(probes, "probes")
     return_lse = flag("return_lse", return_lse) or bool(probes)
-    if door is not None and not probes:
+    if door is not None and not statistics:
         return door.attention(q, k, v, options, return_lse, out, backend, plan)
-    want = (Want.LSE if return_lse else Want(0)) | (Want.TAPS if probes else Want(0))
-    call = folded(q, k, v, options, want=want, backend=backend, plan=plan, out=out)
+    want = Want.LSE if return_lse else Want(0)
+    call = folded(q, k, v, options, want=want, taps=taps_of(statistics), backend=backend, plan=plan, out=out)
     if simple:
         shortcut.remember(call, q, k, v, causal, scale, softcap, return_lse)
     result = out if out is not None else leave(q, call.out)
-    if probes:
-        seen = SimpleNamespace(**_replayed(call, probes))
-        return result, leave(q, call.lse), seen
+    if statistics:
+        return result, leave(q, call.lse), _seen(q, call, statistics)
     return (result, leave(q, call.lse)) if return_lse else result
 
 
@@ -149,51 +149,49 @@ def refuse_unknown(given: Iterable[str], known: Container[str] = ()) -> None:
         raise TypeError(f"unexpected keyword argument {name!r}; tilefold.attention lists the options")
 
 
-def probe(
-    q: Array, k: Array, *what: Probe, mask: Mask | Array | None = None, **options: Any
-) -> SimpleNamespace:
-    """Statistics of the attention weights of q and k, without the matrix: one attribute per probe, by its name.
+def probe(q: Array, k: Array, *what: Any, mask: Mask | Array | None = None, **options: Any) -> Seen:
+    """Statistics of the attention weights of q and k, without the matrix: one attribute per statistic, by its name.
 
-    Takes the masks and score options of `attention`. A probe is an object with a `name` and a ``start(problem, lead)``
-    that returns a tap: it is shown every tile of weights once (see `tilefold.replay.Weights`).
+    Args:
+        q, k: as of `attention`; k may be a cache, whose values are not read.
+        what: statistics, such as `entropy()`, `topk(8)`, `key_mass()`, `heatmap(64, 64)`; see `tilefold.probes`. Or
+            objects with a `name` and ``start(problem, lead)``, which returns a tap that is shown every tile of weights
+            (`tilefold.replay.Weights`) by the NumPy backend.
+        mask, options: the masks and score options of `attention`, with the same meaning, and `backend`.
 
-    >>> class KeyMass:
-    ...     name = "key_mass"
-    ...     def start(self, problem, lead):
-    ...         self.mass = np.zeros((problem.heads, problem.kv_len))
-    ...         return self
-    ...     def open(self, block, live, scores): pass
-    ...     def take(self, w): self.mass[w.heads, w.keys] += w.by_head.sum(axis=2)
-    ...     def close(self, block): pass
-    ...     def result(self): return self.mass
+    Returns:
+        `Seen`, whose arrays are of q's kind, and numbers in the accumulate type. Memory is O(n) beside the results.
+
+    Raises:
+        TypeError, ValueError: as `attention`, and for a statistic that the call has not enough rows or keys for.
+
     >>> q, k = np.random.default_rng(0).normal(size=(2, 4, 100, 16))
-    >>> probe(q, k, KeyMass(), causal=True).key_mass.sum(axis=1).round(9)
-    array([100., 100., 100., 100.])
+    >>> from tilefold import entropy, key_mass, topk
+    >>> seen = probe(q, k, entropy(), key_mass(), topk(3), causal=True)
+    >>> seen.key_mass.sum(axis=1).round(9), seen.topk.keys.shape
+    (array([100., 100., 100., 100.]), (4, 100, 3))
     """
-    _check_probes(what)
+    statistics = check(what, "probe: statistics")
     if not what:
-        raise TypeError("probe: give at least one statistic")
+        raise TypeError("probe: give at least one statistic, such as tilefold.entropy()")
     backend = options.pop("backend", "auto")
     refuse_unknown(options, known=Options.__dataclass_fields__)
-    keys = enter_floats("k", k)
-    no_values = np.broadcast_to(keys.dtype.type(0), (*keys.shape[:-1], 0))
-    call = folded(q, k, no_values, Options(mask=mask, **options), want=Want.LSE | Want.TAPS, backend=backend)
-    return SimpleNamespace(**_replayed(call, what))
+    call = folded(q, k, NO_VALUES, Options(mask=mask, **options), taps=taps_of(statistics), backend=backend)
+    return _seen(q, call, statistics)
 
 
-def _check_probes(probes: Any) -> None:
-    if not isinstance(probes, (list, tuple)):
-        raise TypeError(f"probes must be a list or tuple of probes, got {type(probes).__name__}")
-    for given in probes:
-        if not hasattr(given, "name") or not hasattr(given, "start"):
-            raise TypeError(f"a probe must have a name and start(problem, lead), got {type(given).__name__}")
-    names = [given.name for given in probes]
-    if len(set(names)) < len(names):
-        raise ValueError(f"probes must have different names, got {names}")
+def _seen(q: Array, call: Call, statistics: Sequence[Statistic]) -> Seen:
+    """What the statistics found, in the kind of q."""
+    found = results(statistics, Filled(call.problem, call.operands), call.squeeze)
+    return Seen(**{name: _left(q, x) for name, x in found.items()})
 
 
-def _replayed(call: Call, probes: Any) -> dict[str, Any]:
-    return backend_of(call.plan).replay(call.plan, call.operands, tuple(probes))
+def _left(q: Array, x: Any) -> Any:
+    if isinstance(x, TopK):
+        return TopK(*(leave(q, part) for part in x))
+    if isinstance(x, Regions):
+        return Regions(**{name: leave(q, part) for name, part in vars(x).items()})
+    return leave(q, x) if isinstance(x, np.ndarray) else x
 
 
 def attention_grad(

@@ -26,8 +26,10 @@ from .plan import Plan, backend_of, choose, pinned
 from .problem import Band, Has, Layout, Operands, Problem, Want, bytes_of
 from .replay import Grads
 from .scores import refuse_infinite
+from .taps import Tapped, wanted
 
 ROWS_AT_ONCE = 256  # query rows whose mask is held against what a cache forgot
+NO_VALUES = object()
 DROPOUT = "dropout is not offered: exact attention has no random part; apply it to what goes in or comes out"
 
 
@@ -138,10 +140,12 @@ def understand(
     o: Options,
     *,
     want: Want = Want(0),
+    taps: tuple[Tapped, ...] = (),
     backend: str = "auto",
     plan: Plan | None = None,
 ) -> Call:
-    """Check every argument and make the call; nothing runs."""
+    """Check every argument and make the call; nothing runs. With `NO_VALUES` for `v` only weights are of interest."""
+    k, v = _without_values(k) if v is NO_VALUES else (k, v)
     stored = _stored(k, v)
     code: Code | None = None
     if stored is None:
@@ -155,7 +159,7 @@ def understand(
     squeeze = arrays["q"].ndim == 2
     q, k, v = (a[None] if squeeze else a for a in arrays.values())
     (heads, q_len, dim), (kv_heads, kv_len, v_dim) = q.shape[-3:], v.shape[-3:]
-    x = Operands(q, k, v)
+    x = Operands(q, k, v, taps=taps)
     if stored is not None and stored.table is not None:
         x.table = _table(stored.table, len(k))
         kv_len *= x.table.shape[1]
@@ -184,7 +188,7 @@ def understand(
         band=band,
         layout=layout,
         has=_has(layout, x),
-        want=want | (Want.INVARIANT if flag("invariant", o.invariant) else Want(0)),
+        want=want | wanted(taps) | (Want.INVARIANT if flag("invariant", o.invariant) else Want(0)),
     )
     if plan is not None:
         if backend not in ("auto", getattr(plan, "backend", backend)):
@@ -193,7 +197,7 @@ def understand(
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a name, got {type(backend).__name__}")
     chosen, refusals = choose(problem, backend)
-    shares = stored is not None and stored.cascade and stored.table is not None
+    shares = stored is not None and stored.cascade and stored.table is not None and not taps
     shared = cascade.shared_pages(problem, x, backend) if shares else 0
     return Call(problem, x, chosen, refusals, squeeze, shared)
 
@@ -205,17 +209,21 @@ def folded(
     o: Options,
     *,
     want: Want = Want(0),
+    taps: tuple[Tapped, ...] = (),
     backend: str = "auto",
     plan: Plan | None = None,
     out: Any = None,
 ) -> Call:
-    """A call, understood and run: `out` and `lse` are filled."""
-    call = understand(q, k, v, o, want=want, backend=backend, plan=plan)
+    """A call, understood and run: `out`, `lse` and what `taps` saw are filled."""
+    call = understand(q, k, v, o, want=want, taps=taps, backend=backend, plan=plan)
     call.allocate(out)
     if call.shared:
         cascade.fold(call.problem, call.operands, call.shared, backend)
     else:
         call.fold()
+    x = call.operands
+    if left := [tap for tap in taps if tap not in x.seen]:
+        backend_of(call.plan).replay(call.plan, x, left)
     return call
 
 
@@ -287,6 +295,26 @@ def _score_arrays(o: Options, x: Operands, kv_len: int) -> None:
 def is_cache(k: Any) -> bool:
     """Whether `k` stands for keys and values, so that it is asked what it holds."""
     return callable(getattr(k, "stored", None))
+
+
+def _without_values(k: Any) -> tuple[Any, Any]:
+    """Keys, or a cache, with values of no dims."""
+    if not is_cache(k):
+        keys = enter_floats("k", k)
+        return k, np.broadcast_to(keys.dtype.type(0), (*keys.shape[:-1], 0))
+    stored = k.stored()
+    values, scale = enter("v", stored.v), stored.v_scale
+    return _Keys(replace(stored, v=values[..., :0], v_scale=scale)), None
+
+
+@dataclass(slots=True)
+class _Keys:
+    """The keys of a cache."""
+
+    held: Stored
+
+    def stored(self) -> Stored:
+        return self.held
 
 
 def _stored(k: Any, v: Any) -> Stored | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from .masks import integer
 from .problem import Operands, Problem
 
 if TYPE_CHECKING:
-    from .replay import Grads, Probe
+    from .replay import Grads
+    from .taps import Tapped
 
 
 MOST = 2**31  # of any number in a plan: more rows than a tile can have, and few enough to be multiplied
@@ -57,10 +58,11 @@ class Backend(Protocol):
         """The same plan with tiles of another size."""
 
     def fold(self, plan: Plan, x: Operands, rows: slice | None = None) -> int:
-        """Sweep one: fill ``x.out`` and ``x.lse``, only for the query rows `rows` if given; the bytes it allocated."""
+        """Sweep one: fill ``x.out`` and ``x.lse``, only for the query rows `rows` if given; the bytes it allocated. Of
+        ``x.taps`` those over rows may be filled on the way."""
 
-    def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
-        """Sweep two over ``x.lse``: the results of the probes, by name."""
+    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> None:
+        """Sweep two over ``x.lse``: fill `taps`."""
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         """Sweep two with the backward pass as its tap."""

@@ -7,10 +7,10 @@ fact about alignment: the position of query 0 among the keys; causal, windows an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from math import isfinite, prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .dtypes import ROWS
 
 if TYPE_CHECKING:
     from .masks import Mask
+    from .taps import Tapped
 
 MAX_SIZE = 2**63 - 1
 
@@ -58,15 +59,14 @@ class Has(IntFlag):
 
 
 class Want(IntFlag):
-    """What the caller asks for beyond the output."""
+    """What the caller asks for beyond the output. ROWS, KEYS: taps over rows and keys; SHOWN: taps in Python."""
 
     LSE = 1
     GRAD = 2
     INVARIANT = 4
-    TAPS = 8
-    ENTROPY = 16
-    TOPK = 32
-    MAX_LOGIT = 64
+    ROWS = 8
+    KEYS = 16
+    SHOWN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,8 @@ class Operands:
     `kv_ends` are private copies: cumulative lengths (VARLEN) or one length per batch item (LENGTHS). PAGED, k and v are
     ``(pages, Hkv, page, D or Dv)``, and `table` ``(B, n)`` says which page holds rows ``n * page`` and on of each item;
     -1 is no page: nobody sees those rows. Where k and v are codes (see `dtypes.CODES`), `k_scale` and `v_scale` are
-    float32 views ``(pages, Hkv, page, groups)``: what each group of neighbouring dims is multiplied by.
+    float32 views ``(pages, Hkv, page, groups)``: what each group of neighbouring dims is multiplied by. `taps` are
+    to be filled, and `seen` holds what was: a fold fills those over rows if its backend can, a replay the others.
     """
 
     q: np.ndarray
@@ -169,6 +170,8 @@ class Operands:
     table: np.ndarray | None = None
     k_scale: np.ndarray | None = None
     v_scale: np.ndarray | None = None
+    taps: tuple[Tapped, ...] = ()
+    seen: dict[Tapped, Any] = field(default_factory=dict)
 
     @property
     def lead(self) -> tuple[int, ...]:

@@ -30,13 +30,15 @@ class Weights:
 
     Attributes:
         p: ``(kv_heads, group * rows, keys)`` the weights; each row of the whole sums to 1 (less what a sink takes).
-        block: which rows of which heads; `tile`: which keys; `scored`: the scores that `p` came from.
+        block: which rows of which heads; `tile`: which keys; `scored`: what is known of the scores that `p` came from.
+        s: those scores themselves, where a tap `wants_scores`.
     """
 
     p: np.ndarray
     block: RowBlock
     tile: Tile
     scored: ScoreTile
+    s: np.ndarray | None = None
 
     @property
     def index(self) -> tuple[int, ...]:
@@ -47,6 +49,12 @@ class Weights:
     def by_head(self) -> np.ndarray:
         """The weights as ``(kv_heads, group, rows, keys)``."""
         return self.p.reshape(*self.block.shape, self.p.shape[2])
+
+    @property
+    def scores_by_head(self) -> np.ndarray:
+        """The finished scores, alike; -inf where hidden."""
+        assert self.s is not None
+        return self.s.reshape(*self.block.shape, self.s.shape[2])
 
     @property
     def heads(self) -> np.ndarray:
@@ -70,6 +78,8 @@ class Weights:
 
 class Tap:
     """A consumer of the second sweep. Override what you need; `take` is called for each tile that exists."""
+
+    wants_scores = False  # whether it is given scores beside weights
 
     def open(self, block: RowBlock, live: np.ndarray, scores: Scores) -> None:
         """A block of rows begins; `live` (kv_heads, rows) are those that see a key."""
@@ -125,6 +135,7 @@ def replay(plan: Plan, x: Operands, space: Workspace, taps: Sequence[Tap | Probe
     p = plan.problem
     scores = Scores(plan, x, space)
     keep = p.softcap is not None and any(isinstance(tap, Gradient) for tap in taps)
+    with_scores = any(getattr(tap, "wants_scores", False) for tap in taps)
     with np.errstate(all="ignore"):
         for block in row_blocks(plan, x):
             lse = block.per_row(x.lse).reshape(block.heads, block.count).astype(p.accumulate)
@@ -140,6 +151,7 @@ def replay(plan: Plan, x: Operands, space: Workspace, taps: Sequence[Tap | Probe
                 scored = scores.tile(tile, space.take("capped", cells) if keep else None)
                 if scored is None:
                     continue
+                raw = scored.s.copy() if with_scores else None
                 weights = scored.s
                 weights -= shift[..., None]
                 np.exp(weights, out=weights)
@@ -147,7 +159,7 @@ def replay(plan: Plan, x: Operands, space: Workspace, taps: Sequence[Tap | Probe
                     np.copyto(weights, 0, where=~live[..., None])
                 if lost and scored.seen is not None:  # a row that is NaN has no say over keys it does not see
                     np.copyto(weights, 0, where=~scored.seen)
-                given = Weights(weights, block, tile, scored)
+                given = Weights(weights, block, tile, scored, raw)
                 for tap in taps:
                     tap.take(given)
             for tap in taps:

@@ -27,8 +27,9 @@ from ..layouts import empty_like, fill_padding, frames
 from ..masks import Dense, Mask
 from ..plan import BackendRefused, Plan
 from ..problem import Has, Layout, Operands, Problem, Want
-from ..replay import Grads, Probe
+from ..replay import Grads
 from ..scores import refuse_infinite
+from ..taps import Tapped
 from ..tiles import panel_of
 
 FAR = 2**60  # a band so far off hides, or shows, everything that exists
@@ -78,10 +79,8 @@ class NativeBackend:
             return "keys and values in pages have no gradients"
         if p.dropout:
             return "dropout is not offered: exact attention has no random part"
-        if p.want & Want.TAPS:
-            return "the native core has no taps for statistics of the weights"
-        if p.want & (Want.ENTROPY | Want.TOPK | Want.MAX_LOGIT):
-            return "the native core does not fold row statistics"
+        if p.want & (Want.SHOWN | Want.ROWS | Want.KEYS):
+            return "the native core shows its tiles to no Python code"
         return None
 
     def plan(self, p: Problem, threads: int) -> Plan:
@@ -108,7 +107,7 @@ class NativeBackend:
             x.out[...] = out
         return max((used for used, _ in reports), default=0)
 
-    def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
+    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> None:
         self._refuse(plan.problem)
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +18,9 @@ from ..fold import fold, fold_shapes
 from ..layouts import gathered
 from ..plan import Plan
 from ..problem import Layout, Operands, Problem, Want
-from ..replay import Gradient, Grads, Probe, replay, replay_shapes
+from ..replay import Gradient, Grads, replay, replay_shapes
 from ..scores import Shapes, Workspace, refuse_infinite
+from ..taps import Tapped
 
 ROWS, KEYS = 512, 1024
 
@@ -37,9 +37,6 @@ class NumpyBackend:
             return "dropout is not offered: exact attention has no random part"
         if p.want & Want.INVARIANT:
             return "invariant=True promises the same bits for any shape, and BLAS rounds differently for each"
-        row_probes = p.want & (Want.ENTROPY | Want.TOPK | Want.MAX_LOGIT)
-        if row_probes:
-            return f"the NumPy backend does not fold row statistics ({row_probes.name})"
         return None
 
     def plan(self, p: Problem, threads: int) -> Plan:
@@ -58,12 +55,13 @@ class NumpyBackend:
         fold(plan, x, space, rows)
         return space.bytes
 
-    def replay(self, plan: Plan, x: Operands, probes: Sequence[Probe]) -> dict[str, Any]:
+    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> None:
         refuse_infinite(x.given_bias, plan.problem.accumulate)
+        p, seen = plan.problem, x.seen
         plan, x = _unpaged(plan, x)
-        taps = {probe.name: probe.start(plan.problem, x.lead) for probe in probes}
-        replay(plan, x, Workspace(replay_shapes(plan, gradient=False)), list(taps.values()))
-        return {name: tap.result() for name, tap in taps.items()}
+        started = {tap: tap.start(p, x) for tap in taps}
+        replay(plan, x, Workspace(replay_shapes(plan, gradient=False)), list(started.values()))
+        seen.update((tap, one.result()) for tap, one in started.items())
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         refuse_infinite(x.given_bias, plan.problem.accumulate)
