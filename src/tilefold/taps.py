@@ -262,7 +262,7 @@ class _Filling(Tap):
 class _Entropy(_Filling):
     def take(self, w: Weights) -> None:
         some = np.where(w.by_head > 0, w.by_head, 1)
-        self.per_row(w, self.into)[...] -= (some * np.log(some)).sum(axis=-1)
+        self.per_row(w, self.into)[...] -= (some * np.log(some)).sum(axis=-1, dtype=np.float64)
 
     def close(self, block: RowBlock) -> None:
         if self.x.sinks is None or self.x.lse is None:
@@ -284,7 +284,7 @@ class _Distance(_Filling):
     def take(self, w: Weights) -> None:
         rows, keys = np.arange(w.block.rows.start, w.block.rows.stop), np.arange(w.tile.k0, w.tile.k1)
         far = np.abs(rows[:, None] + w.block.frame.offset - keys).astype(self.into.dtype)
-        self.per_row(w, self.into)[...] += (w.by_head * far).sum(axis=-1)
+        self.per_row(w, self.into)[...] += (w.by_head * far).sum(axis=-1, dtype=np.float64)
 
 
 class _Mass(_Filling):
@@ -296,7 +296,7 @@ class _Mass(_Filling):
         block = w.block
         panel = self.region.panel(block.frame, block.rows, slice(w.tile.k0, w.tile.k1))
         inside = panel.cells(w.tile.k0, w.tile.k1)
-        self.per_row(w, self.into)[...] += np.where(inside, w.by_head, 0).sum(axis=-1)
+        self.per_row(w, self.into)[...] += np.where(inside, w.by_head, 0).sum(axis=-1, dtype=np.float64)
 
 
 class _Top(_Filling):
@@ -336,17 +336,15 @@ class _Keys(_Filling):
 class _Map(_Filling):
     def __init__(self, into: Any, x: Operands, tap: Map, p: Problem) -> None:
         super().__init__(into, x)
-        self.tap, self.packed = tap, p.layout is Layout.VARLEN
-        self.sequence = -1
-        self.frame: Frame | None = None
+        self.tap = tap
+        packed = p.layout is Layout.VARLEN
+        self.place: dict[Frame, Any] = {f: n if packed else f.index for n, f in enumerate(frames(p, x))}
 
     def open(self, block: RowBlock, live: np.ndarray, scores: Scores) -> None:
-        if block.frame != self.frame:  # sequences come in order
-            self.frame, self.sequence = block.frame, self.sequence + 1
-            self.rows, self.cols = self.tap.edges(block.frame, self.into.shape)
+        self.rows, self.cols = self.tap.edges(block.frame, self.into.shape)
 
     def take(self, w: Weights) -> None:
-        rows, cols, into = w.block.rows, w.tile, self.into[self.sequence if self.packed else w.index]
+        rows, cols, into = w.block.rows, w.tile, self.into[self.place[w.block.frame]]
         r = np.searchsorted(self.rows, np.arange(rows.start, rows.stop), side="right") - 1
         c = np.searchsorted(self.cols, np.arange(cols.k0, cols.k1), side="right") - 1
         pool = np.add if self.tap.pool == "sum" else np.maximum
