@@ -17,7 +17,9 @@ class Oracle:
     `rebuilt`: weights come from the scores and the rounded log-sum-exp, as in a second sweep.
     """
 
-    def __init__(self, q: Any, k: Any, options: dict[str, Any], dtype: Any = None, rebuilt: bool = False) -> None:
+    def __init__(
+        self, q: Any, k: Any, options: dict[str, Any], dtype: Any = None, rebuilt: bool = False
+    ) -> None:
         options = dict(options)
         self.call, self.acc = _understood(q, k, k, options.pop("mask", None), dtype, options)
         self.heads = list(_heads(self.call, self.acc))

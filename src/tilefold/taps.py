@@ -72,6 +72,10 @@ class Mass(RowTap):
 
     region: Mask
 
+    def allocate(self, p: Problem, x: Operands) -> Any:
+        self.region.check(x.lead, p.heads, p.q_len, p.kv_len)
+        return RowTap.allocate(self, p, x)
+
     def start(self, p: Problem, x: Operands) -> ProbeTap:
         return _Mass(self.allocate(p, x), x, self.region)
 
@@ -85,6 +89,8 @@ class Top(RowTap):
 
     def allocate(self, p: Problem, x: Operands) -> Any:
         shape = (*x.q.shape[:-1], self.count)
+        if self.count > p.kv_len:
+            raise ValueError(f"topk: k must be at most the number of keys, {p.kv_len}; got {self.count}")
         bytes_of(shape, np.dtype(np.int64))
         return np.full(shape, -np.inf, p.accumulate), np.full(shape, -1, np.int64)
 
@@ -115,6 +121,10 @@ class Keys(KeyTap):
 
     def allocate(self, p: Problem, x: Operands) -> np.ndarray:
         """Sums are kept in float64 until they are finished."""
+        if self.last is not None and self.last > p.q_len:
+            raise ValueError(
+                f"key_mass: last must be at most the number of queries, {p.q_len}; got {self.last}"
+            )
         return np.zeros((*x.lead, p.heads, p.kv_len))
 
     def row_weights(self, p: Problem, x: Operands) -> np.ndarray | None:
@@ -242,6 +252,16 @@ def wanted(taps: tuple[Tapped, ...]) -> Want:
     return want
 
 
+def region_spans(region: Mask, frame: Frame, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """The spans of keys that `region` shows some rows of a sequence, ``lo`` and ``hi`` (rows, spans)."""
+    panel = region.panel(frame, rows, slice(0, frame.kv_len))
+    if panel.bits is not None:
+        raise ValueError(
+            f"mass_in: a region must be few spans of keys per row, and {region!r} is single cells"
+        )
+    return panel.lo, panel.hi
+
+
 # ---- how NumPy fills them: shown every tile of weights of sweep two -------------------------------------------
 
 
@@ -293,9 +313,9 @@ class _Mass(_Filling):
         self.region = region
 
     def take(self, w: Weights) -> None:
-        block = w.block
-        panel = self.region.panel(block.frame, block.rows, slice(w.tile.k0, w.tile.k1))
-        inside = panel.cells(w.tile.k0, w.tile.k1)
+        lo, hi = region_spans(self.region, w.block.frame, w.block.rows)
+        at = np.arange(w.tile.k0, w.tile.k1)
+        inside = ((lo[:, :, None] <= at) & (at < hi[:, :, None])).any(axis=1)
         self.per_row(w, self.into)[...] += np.where(inside, w.by_head, 0).sum(axis=-1, dtype=np.float64)
 
 
