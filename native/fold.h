@@ -26,17 +26,16 @@ struct Pages {
 
 // What a fold tells of each query row on its way (stats.inl), and where that goes: arrays in the
 // accumulate type that lie as lse does, of which a unit has its own part, null where nobody asks. `top` is
-// how many scores of a row are listed, one list after another. A region is another mask, of which the mass is
+// how many scores of a row are listed, in lists of whole steps, and their keys in integers as wide. A region is another mask, of which the mass is
 // told: `spans` spans for each of `rows` rows, one region after another, and so the masses, `step` apart.
-constexpr int MOST_REGIONS = 8;
+constexpr int MOST_REGIONS = 8, LIST_STEP = 16;
 struct RowTaps {
     bool any;
     int64_t top;
     int64_t regions, spans, rows, step;
 };
 struct RowSeen {
-    void *entropy, *peak, *distance, *mass, *top_scores;
-    int64_t* top_keys;
+    void *entropy, *peak, *distance, *mass, *top_scores, *top_keys;
     const int64_t *lo, *hi;  // spans of regions, from first_row
     int64_t first_key;       // what key 0 is called
 };

@@ -222,10 +222,11 @@ struct Tile : Lanes<K, T, NR> {
                         const Vec<E> (&shift)[NR], const Vec<E> (&keep)[NR], Vec<E> (&sum)[NR]) {
         E* const scores = desk.scores;
         const int64_t keys = j1 - j0;
-        Vec<E> tilt[NR];
+        typename Statistics<E, N>::Sums sums;
         if (!CAREFUL) statistics.list_highest(desk.c, desk.u, rows, scores, j0, keys);
-        statistics.weigh(scores, keys, shift, sum, tilt);
-        statistics.add(desk.c, desk.u, scores, j0, keys, sum_part, before, shift, keep, sum, tilt);
+        statistics.weigh(scores, keys, shift, sums);
+        statistics.add(desk.c, desk.u, scores, j0, keys, sum_part, before, shift, keep, sums);
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = sums.weights[i]; });
         if constexpr (K::PAIR == 2) {
             const int64_t whole = up(keys, K::KEYS);
             memset(scores + keys * N, 0, size_t((whole - keys) * N) * sizeof(E));
@@ -402,7 +403,7 @@ struct Tile : Lanes<K, T, NR> {
         this->pack(c, u, desk.depth);
         empty = !u.sinks;
         if (!empty) begin_total(c, u);
-        if (c.taps.any) statistics.begin(c, r0, rows);
+        if (c.taps.any) statistics.begin(c, u, r0, rows);
     }
 
     void finish(const Call& c, const Unit& u) {

@@ -141,8 +141,8 @@ class Sequences {
         const auto from = [&](void* base, int64_t n) { return base ? static_cast<char*>(base) + n * wide : nullptr; };
         u.seen.entropy = from(a_.rows.entropy, at), u.seen.peak = from(a_.rows.peak, at);
         u.seen.distance = from(a_.rows.distance, at), u.seen.mass = from(a_.rows.mass, at);
-        u.seen.top_scores = from(a_.rows.top_scores, at * a_.rows.top);
-        u.seen.top_keys = a_.rows.top_keys + at * a_.rows.top;
+        const int64_t list = at * up(a_.rows.top, LIST_STEP);
+        u.seen.top_scores = from(a_.rows.top_scores, list), u.seen.top_keys = from(a_.rows.top_keys, list);
         u.seen.lo = part_.region_lo, u.seen.hi = part_.region_hi, u.seen.first_key = f.k0;
     }
 

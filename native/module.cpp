@@ -160,10 +160,13 @@ class RowArrays {
    public:
     RowArrays(std::optional<Output> entropy, std::optional<Output> peak, std::optional<Output> distance,
               std::optional<Output> mass, std::optional<Output> top_scores, std::optional<Output> top_keys,
-              std::optional<Integers> lo, std::optional<Integers> hi)
+              int64_t top, std::optional<Integers> lo, std::optional<Integers> hi)
         : entropy_(entropy), peak_(peak), distance_(distance), mass_(mass), top_scores_(top_scores),
-          top_keys_(top_keys), lo_(lo), hi_(hi) {
-        if (top_scores_.has_value() != top_keys_.has_value() || lo_.has_value() != hi_.has_value() ||
+          top_keys_(top_keys), top_(top), lo_(lo), hi_(hi) {
+        const int64_t list = tilefold::up(top, tilefold::LIST_STEP);
+        if (top_scores_.has_value() != (top > 0) || top_keys_.has_value() != (top > 0) ||
+            (top && (int64_t(top_scores_->shape(top_scores_->ndim() - 1)) != list ||
+                     int64_t(top_keys_->shape(top_keys_->ndim() - 1)) != list)) || lo_.has_value() != hi_.has_value() ||
             mass_.has_value() != lo_.has_value() || (lo_ && int64_t(lo_->shape(0)) > tilefold::MOST_REGIONS))
             throw std::invalid_argument("lists need keys, and at most 8 regions their spans");
     }
@@ -171,8 +174,7 @@ class RowArrays {
     void put(tilefold::Arrays& arrays, tilefold::Selection& part) const {
         auto& to = arrays.rows;
         to.entropy = at(entropy_), to.peak = at(peak_), to.distance = at(distance_), to.mass = at(mass_);
-        to.top_scores = at(top_scores_), to.top_keys = static_cast<int64_t*>(at(top_keys_));
-        if (top_keys_) to.top = int64_t(top_keys_->shape(top_keys_->ndim() - 1));
+        to.top_scores = at(top_scores_), to.top_keys = at(top_keys_), to.top = top_;
         if (!mass_) return;
         to.mass_step = mass_->shape(0) ? int64_t(mass_->size() / mass_->shape(0)) : 0;
         part.regions = int64_t(lo_->shape(0)), part.region_rows = int64_t(lo_->shape(1));
@@ -182,6 +184,7 @@ class RowArrays {
    private:
     static void* at(const std::optional<Output>& x) { return x ? x->data() : nullptr; }
     std::optional<Output> entropy_, peak_, distance_, mass_, top_scores_, top_keys_;
+    int64_t top_;
     std::optional<Integers> lo_, hi_;
 };
 
@@ -622,10 +625,10 @@ NB_MODULE(_core, m) {
           "second of read; 0 where it has no such thing.");
     nb::class_<RowArrays>(m, "Rows", "What a fold tells of each query row.")
         .def(nb::init<std::optional<Output>, std::optional<Output>, std::optional<Output>, std::optional<Output>,
-                      std::optional<Output>, std::optional<Output>, std::optional<Integers>,
+                      std::optional<Output>, std::optional<Output>, int64_t, std::optional<Integers>,
                       std::optional<Integers>>(),
              "entropy"_a.none(), "peak"_a.none(), "distance"_a.none(), "mass"_a.none(), "top_scores"_a.none(),
-             "top_keys"_a.none(), "lo"_a.none(), "hi"_a.none());
+             "top_keys"_a.none(), "top"_a, "lo"_a.none(), "hi"_a.none());
     nb::class_<PoolArrays>(m, "Pools", "What sweep two pools over query rows; the arrays must outlive it.")
         .def(nb::init<>())
         .def("add_keys", &PoolArrays::add_keys, "to"_a, "factors"_a.none(), "highest"_a,

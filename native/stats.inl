@@ -34,7 +34,7 @@ E natural_log(E x) {
 // Of the N lanes of a tile.
 template <class E, int N>
 struct Statistics {
-    static constexpr int W = LANES<E>, NR = N / W, AHEAD = 4;
+    static constexpr int W = LANES<E>, NR = N / W, AHEAD = 4, FAR = 1024;
 
     E *tilt_part, *tilt_total, *far_part, *far_total, *peak, *bar;
     E *mass_part, *mass_total;  // [regions][N]
@@ -50,16 +50,18 @@ struct Statistics {
         list = a.template take<int64_t>(N);
     }
 
-    void begin(const Call& c, int64_t r0, int64_t rows) const {
+    void begin(const Call& c, const Unit& u, int64_t r0, int64_t rows) {
         Row row(r0, c.group);
         for (int r = 0; r < N; r++) {
             query[r] = row.query;
-            list[r] = row.at(c.lse) * c.taps.top;
+            list[r] = row.at(c.lse) * up(c.taps.top, LIST_STEP);
             peak[r] = bar[r] = -INFINITE<E>;
             tilt_total[r] = far_total[r] = 0;
             if (r + 1 < rows) row.next();
         }
         memset(mass_total, 0, size_t(MOST_REGIONS * N) * sizeof(E));
+        for (int64_t g = 0; g < c.taps.regions; g++)
+            for (int64_t n = 0; n < least(c.taps.spans, SPANS); n++) hull[g][n] = hull_of(c, u, g, n);
     }
     void begin_segment() const {
         memset(tilt_part, 0, N * sizeof(E));
@@ -72,50 +74,66 @@ struct Statistics {
     // The highest scores of each row. Of equal ones the first is kept.
     void list_highest(const Call& c, const Unit& u, int64_t rows, const E* s, int64_t j0, int64_t keys) const {
         if (!c.taps.top) return;
-        for (int64_t j = 0; j < keys; j += AHEAD) {
+        for (int64_t j = 0; j < keys; j += AHEAD, s += AHEAD * N) {
             Mask<E> found{};
             const int64_t n = least(AHEAD, keys - j);
             each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                Vec<E> highest = load(s + j * N + i * W);
-                for (int64_t k = 1; k < n; k++) highest = max(load(s + (j + k) * N + i * W), highest);
+                Vec<E> highest = load(s + i * W);
+                for (int64_t k = 1; k < n; k++) highest = max(load(s + k * N + i * W), highest);
                 found |= highest > load(bar + i * W);
             });
             if (!any(found)) continue;
             for (int64_t k = 0; k < n; k++)
-                for (int64_t r = 0; r < rows; r++)
-                    if (s[(j + k) * N + r] > bar[r]) insert(c, u, r, s[(j + k) * N + r], j0 + j + k);
+                each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                    const E* const x = s + k * N + i * W;
+                    uint32_t bits = bits_of(load(x) > load(bar + i * W));
+                    for (; bits; bits &= bits - 1) {
+                        const int r = __builtin_ctz(bits);
+                        if (i * W + r < rows) insert(c, u, i * W + r, x[r], j0 + j + k);
+                    }
+                });
         }
     }
 
-    // Weights in place of scores, their sums, and those of weights times what the score lies below the shift.
-    static TILEFOLD_INLINE void weigh(E* s, int64_t keys, const Vec<E> (&shift)[NR], Vec<E> (&sum)[NR],
-                                      Vec<E> (&tilt)[NR]) {
-        Vec<E> total_of[NR], tilt_of[NR], less[NR];
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { total_of[i] = tilt_of[i] = Vec<E>{}, less[i] = shift[i]; });
-        for (E* const end = s + keys * N; s < end; s += N)
+    // What a block adds to a segment: the sum of its weights, and those of weights times what the score lies
+    // below the shift, and times the number of the key.
+    struct Sums {
+        Vec<E> weights[NR], tilt[NR], keys[NR];
+    };
+    // Weights in place of scores, and their sums.
+    static TILEFOLD_INLINE void weigh(E* s, int64_t keys, const Vec<E> (&shift)[NR], Sums& sums) {
+        Vec<E> total_of[NR], tilt_of[NR], keys_of[NR], less[NR], number{};
+        each<NR>([&](auto i) TILEFOLD_LAMBDA {
+            total_of[i] = tilt_of[i] = keys_of[i] = Vec<E>{}, less[i] = shift[i];
+        });
+        for (E* const end = s + keys * N; s < end; s += N, number += set<E>(E(1)))
             each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                const Vec<E> x = at_least(load(s + i * W) - less[i]), p = exp<E>(x);
+                const Vec<E> x = at_least<E>(load(s + i * W) - less[i]), p = exp_within<E>(x);
                 total_of[i] += p;
                 tilt_of[i] = fma(p, x, tilt_of[i]);
+                keys_of[i] = fma(p, number, keys_of[i]);
                 store(s + i * W, p);
             });
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = total_of[i], tilt[i] = tilt_of[i]; });
+        each<NR>([&](auto i) TILEFOLD_LAMBDA {
+            sums.weights[i] = total_of[i], sums.tilt[i] = tilt_of[i], sums.keys[i] = keys_of[i];
+        });
     }
 
     // Adds a block of weights to the segment: the sum before it, what it is multiplied by, and where the
     // maximum was.
     void add(const Call& c, const Unit& u, const E* p, int64_t j0, int64_t keys, const E* sum_part,
              const Vec<E> (&before)[NR], const Vec<E> (&shift)[NR], const Vec<E> (&keep)[NR],
-             const Vec<E> (&added)[NR], const Vec<E> (&tilt)[NR]) const {
+             const Sums& sums) const {
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
-            const Vec<E> moved = fma(load(sum_part + i * W), at_least(before[i] - shift[i]), load(tilt_part + i * W));
-            store(tilt_part + i * W, fma(moved, keep[i], tilt[i]));
+            const Vec<E> gone = at_least<E>(before[i] - shift[i]);
+            const Vec<E> moved = fma(load(sum_part + i * W), gone, load(tilt_part + i * W));
+            store(tilt_part + i * W, fma(moved, keep[i], sums.tilt[i]));
         });
-        if (u.seen.distance) add_distance(u, p, j0, keys, keep);
+        if (u.seen.distance) add_distance(u, p, j0, keys, keep, sums);
         for (int64_t g = 0; g < c.taps.regions; g++) {
             E* const mass = mass_part + g * N;
             each<NR>([&](auto i) TILEFOLD_LAMBDA { store(mass + i * W, load(mass + i * W) * keep[i]); });
-            for (int64_t n = 0; n < c.taps.spans; n++) add_mass(c, u, g, n, p, j0, keys, added);
+            for (int64_t n = 0; n < c.taps.spans; n++) add_mass(c, u, g, n, p, j0, keys, sums.weights);
         }
     }
 
@@ -124,7 +142,7 @@ struct Statistics {
                const E* sum_part, int64_t regions) const {
         const Vec<E> shift = shift_of<E>(meet.max);
         const auto moved = [&](const E* tilt, const E* sum, const E* top) TILEFOLD_LAMBDA {
-            return fma(load(sum + i), at_least(load(top + i) - shift), load(tilt + i));
+            return fma(load(sum + i), at_least<E>(load(top + i) - shift), load(tilt + i));
         };
         store(tilt_total + i,
               meet(moved(tilt_total, sum_total, max_total), moved(tilt_part, sum_part, max_part)));
@@ -163,25 +181,51 @@ struct Statistics {
         b = t;
     }
 
-    // exp takes no less either, and 0 times it is 0.
-    static TILEFOLD_INLINE Vec<E> at_least(Vec<E> x) { return max(set<E>(Float<E>::least), x); }
-
+    // Lists are whole vectors: from the last one up, what is lower moves down by one.
     void insert(const Call& c, const Unit& u, int64_t r, E score, int64_t key) const {
+        using I = typename Float<E>::Integer;
         E* const scores = static_cast<E*>(u.seen.top_scores) + list[r];
-        int64_t* const keys = u.seen.top_keys + list[r];
-        int64_t n = c.taps.top - 1;
-        for (; n > 0 && scores[n - 1] < score; n--) scores[n] = scores[n - 1], keys[n] = keys[n - 1];
-        scores[n] = score, keys[n] = u.seen.first_key + key;
+        I* const keys = static_cast<I*>(u.seen.top_keys) + list[r];
+        const Vec<E> x = set<E>(score);
+        const Mask<E> name = Mask<E>{} + I(u.seen.first_key + key);
+        for (int64_t at = (c.taps.top - 1) / W * W; at >= 0; at -= W) {
+            const Vec<E> old = load(scores + at), above = at ? load(scores + at - W) : x;
+            const Mask<E> old_keys = whole(keys + at), keys_above = at ? whole(keys + at - W) : name;
+            const Mask<E> lower = old < x;
+            if (!any(lower)) break;
+            const Vec<E> next = moved_up(above, old);
+            const Mask<E> still = next < x, next_keys = moved_up(keys_above, old_keys);
+            store(scores + at, select<E>(lower, select<E>(still, next, x), old));
+            const Mask<E> to = lower ? (still ? next_keys : name) : old_keys;
+            memcpy(keys + at, &to, sizeof to);
+        }
         bar[r] = scores[c.taps.top - 1];
     }
+    static TILEFOLD_INLINE Mask<E> whole(const void* p) {
+        Mask<E> x;
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
 
-    void add_distance(const Unit& u, const E* p, int64_t j0, int64_t keys, const Vec<E> (&keep)[NR]) const {
+    // Far from all its rows, the distances of a block are that of its first key, less the keys' numbers.
+    void add_distance(const Unit& u, const E* p, int64_t j0, int64_t keys, const Vec<E> (&keep)[NR],
+                      const Sums& sums) const {
         for (int i = 0; i < NR; i++) {
             Vec<E> at{}, sum{};
-            for (int r = 0; r < W; r++) at[r] = E(query[i * W + r] + u.band.offset - j0);
-            for (int64_t j = 0; j < keys; j++) {
-                const Vec<E> far = at - set<E>(E(j));
-                sum = fma(load(p + j * N + i * W), max(far, -far), sum);
+            bool after = true, before = true;
+            for (int r = 0; r < W; r++) {
+                const int64_t far = query[i * W + r] + u.band.offset - j0;
+                at[r] = E(far);
+                after &= far >= FAR, before &= far <= -FAR;
+            }
+            if (after || before) {
+                sum = fma(at, sums.weights[i], -sums.keys[i]);
+                if (before) sum = -sum;
+            } else {
+                for (int64_t j = 0; j < keys; j++) {
+                    const Vec<E> far = at - set<E>(E(j));
+                    sum = fma(load(p + j * N + i * W), max(far, -far), sum);
+                }
             }
             store(far_part + i * W, fma(load(far_part + i * W), keep[i], sum));
         }
@@ -190,28 +234,47 @@ struct Statistics {
     // The weights of a block within span n of region g.
     void add_mass(const Call& c, const Unit& u, int64_t g, int64_t n, const E* p, int64_t j0, int64_t keys,
                   const Vec<E> (&added)[NR]) const {
+        const Hull h = n < SPANS ? hull[g][n] : hull_of(c, u, g, n);
+        if (j0 >= h.last || j0 + keys <= h.first) return;
+        E* const mass = mass_part + g * N;
+        if (j0 >= h.full_first && j0 + keys <= h.full_last) {
+            each<NR>([&](auto i) TILEFOLD_LAMBDA { store(mass + i * W, load(mass + i * W) + added[i]); });
+            return;
+        }
         Mask<E> lo[NR], hi[NR];
-        bool some = false, all = true;
         for (int r = 0; r < N; r++) {
-            const int64_t at = (g * c.taps.rows + query[r] - u.first_row) * c.taps.spans + n;
-            const int64_t a = within(u.seen.lo[at] - j0, 0, keys), b = within(u.seen.hi[at] - j0, 0, keys);
-            lo[r / W][r % W] = typename Float<E>::Integer(a);
-            hi[r / W][r % W] = typename Float<E>::Integer(b);
-            some |= a < b, all &= a == 0 && b == keys;
+            const int64_t at = span_at(c, u, g, n, r);
+            lo[r / W][r % W] = typename Float<E>::Integer(within(u.seen.lo[at] - j0, 0, keys));
+            hi[r / W][r % W] = typename Float<E>::Integer(within(u.seen.hi[at] - j0, 0, keys));
         }
-        if (!some) return;
         for (int i = 0; i < NR; i++) {
-            E* const mass = mass_part + g * N + i * W;
-            Vec<E> sum = added[i];
-            if (!all) {
-                sum = Vec<E>{};
-                for (int64_t j = 0; j < keys; j++) {
-                    const Mask<E> at = Mask<E>{} + typename Float<E>::Integer(j);
-                    sum += select<E>((lo[i] <= at) & (hi[i] > at), load(p + j * N + i * W), Vec<E>{});
-                }
+            Vec<E> sum{};
+            for (int64_t j = 0; j < keys; j++) {
+                const Mask<E> at = Mask<E>{} + typename Float<E>::Integer(j);
+                sum += select<E>((lo[i] <= at) & (hi[i] > at), load(p + j * N + i * W), Vec<E>{});
             }
-            store(mass, load(mass) + sum);
+            store(mass + i * W, load(mass + i * W) + sum);
         }
+    }
+
+    // What some lane, and what every lane, has of a span of a region.
+    struct Hull {
+        int64_t first, last, full_first, full_last;
+    };
+    static constexpr int SPANS = 4;
+    Hull hull[MOST_REGIONS][SPANS];
+
+    int64_t span_at(const Call& c, const Unit& u, int64_t g, int64_t n, int64_t r) const {
+        return (g * c.taps.rows + query[r] - u.first_row) * c.taps.spans + n;
+    }
+    Hull hull_of(const Call& c, const Unit& u, int64_t g, int64_t n) const {
+        Hull h{INT64_MAX, 0, 0, INT64_MAX};
+        for (int64_t r = 0; r < N; r++) {
+            const int64_t lo = u.seen.lo[span_at(c, u, g, n, r)], hi = u.seen.hi[span_at(c, u, g, n, r)];
+            if (lo < hi) h.first = least(h.first, lo), h.last = most(h.last, hi);
+            h.full_first = most(h.full_first, lo), h.full_last = least(h.full_last, hi);
+        }
+        return h;
     }
 };
 

@@ -46,8 +46,9 @@ struct Arrays {
     Array k_scale = {}, v_scale = {};
     // What is to be told of each row; these lie as lse does, one mass after another.
     struct {
-        void *entropy = nullptr, *peak = nullptr, *distance = nullptr, *mass = nullptr, *top_scores = nullptr;
-        int64_t *top_keys = nullptr, top = 0, mass_step = 0;
+        void *entropy = nullptr, *peak = nullptr, *distance = nullptr, *mass = nullptr, *top_scores = nullptr,
+             *top_keys = nullptr;
+        int64_t top = 0, mass_step = 0;
     } rows = {};
 };
 

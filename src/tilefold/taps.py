@@ -87,8 +87,9 @@ class Top(RowTap):
 
     count: int
 
-    def allocate(self, p: Problem, x: Operands) -> Any:
-        shape = (*x.q.shape[:-1], self.count)
+    def allocate(self, p: Problem, x: Operands, up_to: int = 1) -> Any:
+        """Scores and keys; room for a multiple of `up_to`."""
+        shape = (*x.q.shape[:-1], -(-self.count // up_to) * up_to)
         if self.count > p.kv_len:
             raise ValueError(f"topk: k must be at most the number of keys, {p.kv_len}; got {self.count}")
         bytes_of(shape, np.dtype(np.int64))

@@ -105,7 +105,7 @@ class NativeBackend:
             told = Told(CORE, p, x)
             parts = _parts(plan, x, rows, apart=bool(told.regions))
             reports = [run(*arrays, *part, whose, told.of(part)) for part in parts]
-            x.seen.update(told.seen)
+            x.seen.update(told.finished())
         else:
             reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):

@@ -16,6 +16,7 @@ from ..layouts import Frame, frames
 from ..problem import Operands, Problem
 from ..taps import Cells, Distance, Entropy, Keys, KeyTap, Map, Mass, Peak, RowTap, Tapped, Top, region_spans
 
+LIST_STEP = 16  # lists are whole steps of so many
 AT_ONCE = 8  # pools of a kind that the core has room for
 
 
@@ -30,17 +31,15 @@ class Told:
         self.seen: dict[Tapped, Any] = {
             tap: tap.allocate(p, x) for tap in self.taps if not isinstance(tap, (Mass, Top))
         }
-        # One list serves all: the longest one begins with the shorter ones.
-        longest = max(
-            (tap for tap in self.taps if isinstance(tap, Top)), key=lambda tap: tap.count, default=None
-        )
-        self.top: tuple[Any, Any] = (None, None) if longest is None else longest.allocate(p, x)
-        for tap in self.taps:
-            if isinstance(tap, Top):
-                self.seen[tap] = tuple(array[..., : tap.count] for array in self.top)
+        self.lists = [tap for tap in self.taps if isinstance(tap, Top)]
+        self.top: tuple[Any, Any, int] = (None, None, 0)
+        if self.lists:  # the longest one begins with the shorter ones
+            longest = max(tap.count for tap in self.lists)
+            scores, keys = Top(longest).allocate(p, x, up_to=LIST_STEP)
+            self.top = scores, keys.astype(f"i{scores.itemsize}"), longest
         self.mass = np.array([tap.allocate(p, x) for tap in self.regions]) if self.regions else None
         if self.mass is not None:
-            self.seen.update(zip(self.regions, self.mass, strict=True))
+            self.seen.update(zip(self.regions, self.mass, strict=True))  # views of it
 
     def of(self, part: tuple[Any, ...]) -> Any:
         """What the core is told for the rows of one of its calls."""
@@ -50,6 +49,13 @@ class Told:
             lo, hi = self._spans(self.frames[frame], slice(first, last))
         named = (self.seen.get(tap) for tap in (Entropy(), Peak(), Distance()))
         return self.core.Rows(*named, self.mass, *self.top, lo, hi)
+
+    def finished(self) -> dict[Tapped, Any]:
+        """The arrays by their taps."""
+        for tap in self.lists:
+            scores, keys, _ = self.top
+            self.seen[tap] = scores[..., : tap.count], keys[..., : tap.count].astype(np.int64)
+        return self.seen
 
     def _spans(self, frame: Frame, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """The spans of every region in those rows, ``(regions, rows, spans)``; empty ones where one has fewer."""
