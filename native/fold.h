@@ -26,8 +26,9 @@ struct Pages {
 
 // What a fold tells of each query row on its way (stats.inl), and where that goes: arrays in the
 // accumulate type that lie as lse does, of which a unit has its own part, null where nobody asks. `top` is
-// how many scores of a row are listed, in lists of whole steps, and their keys in integers as wide. A region is another mask, of which the mass is
-// told: `spans` spans for each of `rows` rows, one region after another, and so the masses, `step` apart.
+// how many scores of a row are listed, in lists of whole steps, and their keys in integers as wide. A region
+// is another mask, of which the mass is told: `spans` spans for each of `rows` rows, one region after
+// another, and so the masses, `step` apart.
 constexpr int MOST_REGIONS = 8, LIST_STEP = 16;
 struct RowTaps {
     bool any;

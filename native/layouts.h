@@ -39,8 +39,8 @@ class Sequences {
             c_.k_pages = pages(a.k, a.k_scale, p.dim), c_.v_pages = pages(a.v, a.v_scale, p.v_dim);
         }
         c_.kv_type = p.kv_dtype;
-        c_.taps = {bool(p.want & ROWS),  a.rows.top, part.regions, part.region_spans,
-                   part.region_rows,        a.rows.mass_step};
+        c_.taps = {bool(p.want & ROWS), a.rows.top,       part.regions,
+                   part.region_spans,   part.region_rows, a.rows.mass_step};
         find_frames();
     }
 
@@ -138,7 +138,9 @@ class Sequences {
    private:
     void tell(Unit& u, const Frame& f) const {
         const int64_t wide = width(a_.lse.type), at = (static_cast<char*>(u.lse) - a_.lse.data) / wide;
-        const auto from = [&](void* base, int64_t n) { return base ? static_cast<char*>(base) + n * wide : nullptr; };
+        const auto from = [&](void* base, int64_t n) {
+            return base ? static_cast<char*>(base) + n * wide : nullptr;
+        };
         u.seen.entropy = from(a_.rows.entropy, at), u.seen.peak = from(a_.rows.peak, at);
         u.seen.distance = from(a_.rows.distance, at), u.seen.mass = from(a_.rows.mass, at);
         const int64_t list = at * up(a_.rows.top, LIST_STEP);

@@ -72,7 +72,8 @@ struct Statistics {
     // ---- a block of scores s[keys][N], of keys j0 … ----
 
     // The highest scores of each row. Of equal ones the first is kept.
-    void list_highest(const Call& c, const Unit& u, int64_t rows, const E* s, int64_t j0, int64_t keys) const {
+    void list_highest(const Call& c, const Unit& u, int64_t rows, const E* s, int64_t j0,
+                      int64_t keys) const {
         if (!c.taps.top) return;
         for (int64_t j = 0; j < keys; j += AHEAD, s += AHEAD * N) {
             Mask<E> found{};
@@ -83,15 +84,20 @@ struct Statistics {
                 found |= highest > load(bar + i * W);
             });
             if (!any(found)) continue;
+            // All bars are looked at before one is raised: a vector that was just written to in part is slow
+            // to read.
+            uint32_t bits[AHEAD][NR];
             for (int64_t k = 0; k < n; k++)
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    const E* const x = s + k * N + i * W;
-                    uint32_t bits = bits_of(load(x) > load(bar + i * W));
-                    for (; bits; bits &= bits - 1) {
-                        const int r = __builtin_ctz(bits);
-                        if (i * W + r < rows) insert(c, u, i * W + r, x[r], j0 + j + k);
-                    }
+                    bits[k][i] = bits_of(load(s + k * N + i * W) > load(bar + i * W));
                 });
+            for (int64_t k = 0; k < n; k++)
+                for (int i = 0; i < NR; i++)
+                    for (uint32_t left = bits[k][i]; left; left &= left - 1) {
+                        const int64_t r = i * W + __builtin_ctz(left);
+                        const E x = s[k * N + r];
+                        if (r < rows && x > bar[r]) insert(c, u, r, x, j0 + j + k);
+                    }
         }
     }
 

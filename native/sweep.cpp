@@ -255,7 +255,8 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     s.block_k = k.block_k;
     const int64_t pieces = units * ceil_div(rows, s.tile_rows), segments = ceil_div(p.kv_len, SEGMENT);
     // A piece of its own per segment costs a state and a merge, and is in vain where a window shows no more.
-    const bool split = p.layout != VARLEN && !(p.want & ROWS) && keys_seen(p) > SEGMENT && threads > 1 && pieces < 4 * threads;
+    const bool split = p.layout != VARLEN && !(p.want & ROWS) && keys_seen(p) > SEGMENT && threads > 1 &&
+                       pieces < 4 * threads;
     s.splits = split ? segments : 1;
     const int64_t worth = threads_worth(2.0 * cells(p) * double(p.dim + p.v_dim));
     const int64_t most = std::min<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, worth);
@@ -277,7 +278,8 @@ Settings resized(const Problem& p, const Kernels& k, Settings s) {
     }
     s.block_k = up(std::clamp<int64_t>(s.block_k, 1, SEGMENT), 32);
     // A state holds no statistics.
-    const int64_t segments = p.layout == VARLEN || p.want & ROWS ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
+    const int64_t segments =
+        p.layout == VARLEN || p.want & ROWS ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
     s.splits = s.splits > 1 ? segments : 1;
     s.workers = std::clamp<int64_t>(s.workers, 1, MAX_THREADS);
     return s;

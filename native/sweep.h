@@ -102,8 +102,8 @@ Report gradient(const Problem& p, const Kernels& kernels, const Settings& s, con
 
 // What is pooled of finished weights over query rows: per key (items, heads, kv_len); in maps (sequences,
 // heads, rows, cols), with the ends of each sequence's bins, rows + 1 and then cols + 1; single cells (items,
-// heads, rows, k1 − k0) of query rows that have a slot. Arrays are contiguous and zero; a call for some of the
-// rows adds to them. `lse` of the call is read.
+// heads, rows, k1 − k0) of query rows that have a slot. Arrays are contiguous and zero; a call for some of
+// the rows adds to them. `lse` of the call is read.
 struct Pools {
     struct Keys {
         const double* factors;  // (items, q_len), null: every query counts 1

@@ -51,7 +51,9 @@ class Tapping : Sequences {
         const int took = tilefold::run(
             team, workers, [](void* self, int worker) { static_cast<Tapping*>(self)->work(worker); }, this,
             &stop_);
-        if (!took) throw std::runtime_error("the process was forked in the middle of this call, whose sums are lost");
+        if (!took)
+            throw std::runtime_error(
+                "the process was forked in the middle of this call, whose sums are lost");
         bring_together();
         return {memory.bytes(), false};
     }
@@ -80,18 +82,25 @@ class Tapping : Sequences {
         const int64_t h = head(n);
         for (const Pools::Keys& keys : pools_.keys) {
             const double* const factors = keys.factors ? keys.factors + f.item * p_.q_len + f.q0 : nullptr;
-            taps.pool[taps.pools++] = {factors, keys.to + (f.item * p_.heads + h) * p_.kv_len + f.k0, keys.highest};
+            taps.pool[taps.pools++] = {factors, keys.to + (f.item * p_.heads + h) * p_.kv_len + f.k0,
+                                       keys.highest};
         }
         double* aside = aside_ + (int64_t(at) * kv_heads() + n) * most_segments_ * all_map_rows();
         for (const Pools::Map& map : pools_.maps) {
             const int64_t* const ends = map.ends + sequence(f) * (map.rows + map.cols + 2);
-            taps.map[taps.maps++] = {ends, ends + map.rows + 1, map.rows, map.cols,
-                                     map.to + (sequence(f) * p_.heads + h) * map.rows * map.cols, aside, map.highest};
+            taps.map[taps.maps++] = {ends,
+                                     ends + map.rows + 1,
+                                     map.rows,
+                                     map.cols,
+                                     map.to + (sequence(f) * p_.heads + h) * map.rows * map.cols,
+                                     aside,
+                                     map.highest};
             aside += most_segments_ * map.rows;
         }
         for (const Pools::Cells& cells : pools_.cells) {
             const int64_t pitch = cells.k1 - cells.k0;
-            char* const to = static_cast<char*>(cells.to) + (f.item * p_.heads + h) * cells.rows * pitch * k_.element;
+            char* const to =
+                static_cast<char*>(cells.to) + (f.item * p_.heads + h) * cells.rows * pitch * k_.element;
             taps.cell[taps.cells++] = {cells.slots + f.q0, cells.k0 - f.k0, cells.k1 - f.k0, to, pitch};
         }
         return taps;
@@ -112,7 +121,8 @@ class Tapping : Sequences {
             }
     }
     static void add_aside(const MapPool& map, int64_t segment) {
-        const int64_t col = std::upper_bound(map.col_ends, map.col_ends + map.cols, segment * SEGMENT) - map.col_ends - 1;
+        const int64_t col =
+            std::upper_bound(map.col_ends, map.col_ends + map.cols, segment * SEGMENT) - map.col_ends - 1;
         if (map.col_ends[col] == segment * SEGMENT) return;
         for (int64_t r = 0; r < map.rows; r++) {
             double& to = map.to[r * map.cols + col];

@@ -67,7 +67,8 @@ struct Taps {
                 factors[(n * taps.pools + p) * N + r] = r >= rows ? E(0) : of ? E(of[r0 + r]) : E(1);
             }
             for (int m = 0; m < taps.maps; m++)
-                bins[(n * taps.maps + m) * N + r] = r < rows ? int32_t(bin_of(taps.map[m].row_ends, taps.map[m].rows, r0 + r)) : -1;
+                bins[(n * taps.maps + m) * N + r] =
+                    r < rows ? int32_t(bin_of(taps.map[m].row_ends, taps.map[m].rows, r0 + r)) : -1;
         }
     }
 
@@ -103,7 +104,8 @@ struct Taps {
     void weigh(const E* less_by, int64_t keys) const {
         Vec<E> less[NR];
         bool odd = false;
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { less[i] = load(less_by + i * W), odd |= any(less[i] != less[i]); });
+        each<NR>([&](auto i)
+                     TILEFOLD_LAMBDA { less[i] = load(less_by + i * W), odd |= any(less[i] != less[i]); });
         E* const end = desk.scores + keys * N;
         if (odd)  // a row that is NaN has no say over keys it does not see
             for (E* s = desk.scores; s < end; s += N)
@@ -113,7 +115,8 @@ struct Taps {
                 });
         else
             for (E* s = desk.scores; s < end; s += N)
-                each<NR>([&](auto i) TILEFOLD_LAMBDA { store(s + i * W, exp<E>(load(s + i * W) - less[i])); });
+                each<NR>([&](auto i)
+                             TILEFOLD_LAMBDA { store(s + i * W, exp<E>(load(s + i * W) - less[i])); });
     }
 
     void add_to_pool(int n, int which, int64_t j0, int64_t keys) const {
@@ -209,7 +212,8 @@ struct Taps {
             for (int64_t j = 0; j < s1 - s0; j++) {
                 double pooled = 0;
                 for (int i = 0; i < W; i++)
-                    pooled = taps.pool[p].highest ? highest(double(from[j * W + i]), pooled) : pooled + double(from[j * W + i]);
+                    pooled = taps.pool[p].highest ? highest(double(from[j * W + i]), pooled)
+                                                  : pooled + double(from[j * W + i]);
                 to[j] = taps.pool[p].highest ? highest(pooled, to[j]) : to[j] + pooled;
             }
         }

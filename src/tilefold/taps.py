@@ -87,13 +87,14 @@ class Top(RowTap):
 
     count: int
 
-    def allocate(self, p: Problem, x: Operands, up_to: int = 1) -> Any:
-        """Scores and keys; room for a multiple of `up_to`."""
+    def allocate(self, p: Problem, x: Operands, up_to: int = 1, as_wide: bool = False) -> Any:
+        """Scores and keys; room for a multiple of `up_to`; keys in integers as wide as scores, or in int64."""
         shape = (*x.q.shape[:-1], -(-self.count // up_to) * up_to)
         if self.count > p.kv_len:
             raise ValueError(f"topk: k must be at most the number of keys, {p.kv_len}; got {self.count}")
         bytes_of(shape, np.dtype(np.int64))
-        return np.full(shape, -np.inf, p.accumulate), np.full(shape, -1, np.int64)
+        keys = np.dtype(f"i{p.accumulate.itemsize}" if as_wide else "i8")
+        return np.full(shape, -np.inf, p.accumulate), np.full(shape, -1, keys)
 
     def start(self, p: Problem, x: Operands) -> ProbeTap:
         return _Top(self.allocate(p, x), x)

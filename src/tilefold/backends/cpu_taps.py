@@ -35,8 +35,7 @@ class Told:
         self.top: tuple[Any, Any, int] = (None, None, 0)
         if self.lists:  # the longest one begins with the shorter ones
             longest = max(tap.count for tap in self.lists)
-            scores, keys = Top(longest).allocate(p, x, up_to=LIST_STEP)
-            self.top = scores, keys.astype(f"i{scores.itemsize}"), longest
+            self.top = (*Top(longest).allocate(p, x, LIST_STEP, as_wide=True), longest)
         self.mass = np.array([tap.allocate(p, x) for tap in self.regions]) if self.regions else None
         if self.mass is not None:
             self.seen.update(zip(self.regions, self.mass, strict=True))  # views of it
