@@ -307,8 +307,7 @@ def _stored(k: Any, v: Any) -> Stored | None:
 
 
 def _entered(q: Any, stored: Stored) -> tuple[dict[str, np.ndarray], Code | None, Stored]:
-    """q and what is stored as arrays, and the codes that the latter are. Codes always lie in pages: of a cache without
-    a table each sequence is one."""
+    """q and what is stored as arrays, and the codes that the latter are. Codes always lie in pages."""
     keys, values = enter("k", stored.k), enter("v", stored.v)
     code = code_of(keys.dtype)
     if code is None and stored.k_scale is None and stored.v_scale is None:
@@ -317,19 +316,33 @@ def _entered(q: Any, stored: Stored) -> tuple[dict[str, np.ndarray], Code | None
             None,
             stored,
         )
-    arrays = {"q": enter_floats("q", q), "k": keys, "v": values}
     if code is None:
         kinds = ", ".join(f"{c.array} ({c.name})" if c.array != c.name else c.name for c in CODES.values())
         raise TypeError(f"k must be {kinds} where it has a scale, got {keys.dtype.name}")
     if values.dtype != keys.dtype:
         raise TypeError(f"k and v must be stored in one type, got k {keys.dtype.name}, v {values.dtype.name}")
-    if arrays["q"].dtype == np.float64:
+    queries = enter_floats("q", q)
+    if queries.dtype == np.float64:
         raise TypeError(
             f"q must be float16, bfloat16 or float32 with keys and values of {code.name}, got float64"
         )
-    if stored.table is None and keys.ndim == 4:
-        stored = replace(stored, table=np.arange(len(keys))[:, None])
-    return arrays, code, stored
+    stored = _in_pages(replace(stored, k=keys, v=values))
+    return {"q": queries, "k": stored.k, "v": stored.v}, code, stored
+
+
+def _in_pages(stored: Stored) -> Stored:
+    """The same in pages: without a table each sequence is one, or has none where there is no room for a key."""
+    keys, values = stored.k, stored.v
+    if stored.table is not None or keys.ndim != 4 or values.ndim != 4:
+        return stored
+    if keys.shape[2] or values.shape[2]:
+        return replace(stored, table=np.arange(len(keys))[:, None])
+    none: dict[str, Any] = {
+        name: x if x is None else x[:0] if x.ndim == 2 else x.reshape(0, x.shape[1], 1, *x.shape[3:])
+        for name in ("k", "v", "k_scale", "v_scale")
+        for x in [getattr(stored, name)]
+    }
+    return replace(stored, table=np.zeros((len(keys), 0), np.int64), **none)
 
 
 def _scales(name: str, given: Any, codes: np.ndarray, code: Code) -> np.ndarray:

@@ -76,7 +76,7 @@ def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
         if scale is not None:
             rows = decoded(rows, scale[some], x.q.dtype)
         rows[table < 0] = 0
-        dense.append(rows.swapaxes(1, 2).reshape(len(table), p.kv_heads, used * page, -1))
+        dense.append(rows.swapaxes(1, 2).reshape(len(table), p.kv_heads, used * page, rows.shape[-1]))
     k, v = dense
     kv_len = used * page
     p = replace(p, layout=Layout.DENSE, kv_len=kv_len, kv_dtype=p.q_dtype)

@@ -4,6 +4,11 @@ A paged cache is also run by Hypothesis against a dictionary of arrays, with eve
 Bits are the matter of `laws/test_cached_bits.py`, files that of `faults/test_snapshots.py`.
 """
 
+import tracemalloc
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from bits import assert_same_bits
@@ -13,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tilefold as tf
 from tilefold import plan
+from tilefold.caches import cascade, dequantise, quantise
 from tilefold.caches.paged import roomy
 from tilefold.caches.pool import Pool
 from tilefold.dtypes import ROWS
@@ -38,11 +44,12 @@ def paged(**settings):
 
 
 def held(cache, id):
-    """(keys, values) of a sequence as its pages have them, NaN where they were given back."""
+    """(keys, values) of a sequence as its pages have them, codes as their numbers, NaN where they were given back."""
     stored = cache[id].stored()
     (length,), table = stored.lengths, stored.table[0]
     parts = []
-    for memory in (stored.k, stored.v):
+    for memory, scale in ((stored.k, stored.k_scale), (stored.v, stored.v_scale)):
+        memory = memory if scale is None else dequantise(memory, scale)
         pages = np.where(table[:, None, None, None] < 0, np.nan, memory[np.maximum(table, 0)])
         parts.append(pages.swapaxes(1, 2).reshape(-1, HEADS, memory.shape[-1])[:length].swapaxes(0, 1))
     return parts
@@ -425,6 +432,146 @@ def test_truncating_far_back_never_answers_with_what_is_gone():
     assert cache.pages_used == 1
 
 
+# ---- codes ---------------------------------------------------------------------------------------------------
+
+WAYS = {
+    "int8": {"quantised": "int8"},
+    "float8_e4m3fn": {"quantised": "float8_e4m3fn"},
+    "int4": {"quantised": "int4"},
+    "int4 in groups": {"quantised": "int4", "group": 4},
+}
+WIDE, V_WIDE = 16, 12
+
+
+def wide_rows(batch, length, seed=0):
+    rng = np.random.default_rng([batch, length, seed])
+    return [rng.standard_normal((batch, HEADS, length, d)).astype(np.float32) for d in (WIDE, V_WIDE)]
+
+
+def coded(kind, way, batch=2, **settings):
+    """(cache, append, view) of so many sequences, of either kind."""
+    if way["quantised"] == "float8_e4m3fn":
+        pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
+    if kind == "one stretch":
+        cache = tf.KVCache(batch, HEADS, WIDE, V_WIDE, **way, **settings)
+        return cache, cache.append, cache
+    cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=4, **way, **settings)
+    ids = [cache.open() for _ in range(batch)]
+    return cache, lambda *given: cache.append(ids, *given), cache[ids]
+
+
+KINDS = pytest.mark.parametrize("kind", ["one stretch", "pages"])
+CODED = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@KINDS
+@CODED
+def test_rows_become_the_codes_that_quantise_makes(kind, way):
+    cache, append, _ = coded(kind, way)
+    k, v = wide_rows(2, 3)
+    append(k, v)
+    for codes, scales, x in ((cache.k, cache.k_scale, k), (cache.v, cache.v_scale, v)):
+        right = quantise(x, way["quantised"], group=way.get("group"))
+        for mine, expected in zip((codes, scales), right, strict=True):
+            assert mine.dtype == expected.dtype
+            assert_same_bits(mine[:2, :, :3].view(np.uint8), expected.view(np.uint8))
+
+
+@KINDS
+@CODED
+def test_the_bytes_of_codes_and_scales(kind, way):
+    """What `nbytes` says is what Python allocates, but for a hundredth."""
+    if way["quantised"] == "float8_e4m3fn":
+        pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
+    tracemalloc.start()
+    try:
+        if kind == "one stretch":
+            cache = tf.KVCache(2, HEADS, WIDE, V_WIDE, capacity=6400, **way)
+        else:
+            cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=128, pages=100, **way)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    group, each = way.get("group"), 2 if way["quantised"] == "int4" else 1
+    scales = 2 if group is None else (WIDE + V_WIDE) // group
+    assert cache.nbytes == 12800 * HEADS * ((WIDE + V_WIDE) // each + 4 * scales)
+    assert cache.nbytes <= held <= 1.01 * cache.nbytes
+
+
+@KINDS
+def test_a_cache_of_numbers_has_no_scales(kind):
+    cache, *_ = coded(kind, {"quantised": None})
+    assert cache.k_scale is None and cache.v_scale is None and "float32" in repr(cache)
+    cache, *_ = coded(kind, {"quantised": "int8"})
+    assert "int8 of float32" in repr(cache)
+
+
+@KINDS
+def test_what_is_not_finite_is_refused_unless_it_is_padding(kind):
+    cache, append, view = coded(kind, {"quantised": "int8"})
+    k, v = wide_rows(2, 3)
+    append(k, v)
+    before = [x.copy() for x in (cache.k, cache.v, cache.k_scale, cache.v_scale)]
+    q = np.ones((2, HEADS, 1, WIDE), np.float32)
+    right = tf.attention(q, view, causal=True)
+    for name, rows in {"k": (k, v), "v": (v, k)}.items():
+        bad = rows[0].copy()
+        bad[1, :, 2] = np.nan
+        given = (bad, v) if name == "k" else (k, bad)
+        with pytest.raises(ValueError, match=f"^{name} must be finite in float32, got NaN or infinity"):
+            append(*given)
+        assert all(
+            np.array_equal(x, y, equal_nan=True)
+            for x, y in zip((cache.k, cache.v, cache.k_scale, cache.v_scale), before, strict=True)
+        )
+        assert_same_bits(tf.attention(q, view, causal=True), right)
+    append(*given, [3, 2])
+    assert np.isfinite(tf.attention(q, view, causal=True)).all()
+
+
+@KINDS
+def test_a_cache_of_codes_without_a_row(kind):
+    for room in ({}, {"capacity": 0} if kind == "one stretch" else {"pages": 0}):
+        *_, view = coded(kind, {"quantised": "int8"}, **room)
+        q = np.ones((2, HEADS, 3, WIDE), np.float32)
+        for backend in ("auto", "numpy"):
+            out, lse = tf.attention(q, view, return_lse=True, backend=backend)
+            assert not out.any() and np.isneginf(lse).all()
+
+
+@KINDS
+@CODED
+def test_tensors_are_kept_as_codes(kind, way):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    pytest.importorskip("ml_dtypes", reason="bfloat16 tensors need ml_dtypes")
+    k, v = (torch.from_numpy(x).to(torch.bfloat16) for x in wide_rows(2, 9))
+    cache, append, view = coded(kind, way, like=k)
+    append(k, v)
+    q = torch.ones((2, HEADS, 2, WIDE), dtype=torch.bfloat16)
+    group = way.get("group")
+    numbers = [dequantise(*quantise(x, way["quantised"], group=group), torch.bfloat16) for x in (k, v)]
+    assert torch.equal(tf.attention(q, view, causal=True), tf.attention(q, *numbers, causal=True))
+    kept = {"int4": torch.uint8}.get(way["quantised"]) or getattr(torch, way["quantised"])
+    assert cache.k.dtype == cache.v.dtype == kept and cache.k_scale.dtype == torch.float32
+
+
+def test_shared_pages_of_codes_are_read_once(monkeypatch):
+    monkeypatch.setattr(cascade, "PAYS", -(2**40))
+    cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=4, quantised="int4")
+    a = cache.open()
+    cache.append(a, *wide_rows(1, 21))
+    ids = [a, cache.fork(a)]
+    cache.append(ids, *wide_rows(2, 3))
+    q = np.random.default_rng(0).standard_normal((2, HEADS, 1, WIDE)).astype(np.float32)
+    assert tf.explain(q, cache.view(ids, cascade=True), causal=True).shared == 20
+    np.testing.assert_allclose(
+        tf.attention(q, cache.view(ids, cascade=True), causal=True),
+        tf.attention(q, cache[ids], causal=True),
+        rtol=0,
+        atol=64 * ROWS["float32"].roundoff,
+    )
+
+
 # ---- tensors -------------------------------------------------------------------------------------------------
 
 
@@ -473,12 +620,23 @@ class Pages(RuleBasedStateMachine):
     """A paged cache beside a dictionary of arrays: id to [keys, values, first key that is not gone]."""
 
     page, window, anchors, pages = 3, None, 0, None
+    codes: ClassVar = {}  # how rows are quantised
 
     def __init__(self):
         super().__init__()
-        self.cache = paged(page=self.page, window=self.window, anchors=self.anchors, pages=self.pages)
+        self.cache = paged(
+            page=self.page, window=self.window, anchors=self.anchors, pages=self.pages, **self.codes
+        )
         self.model = {}
         self.seed = 0
+        self.folder = TemporaryDirectory()
+
+    def teardown(self):
+        self.folder.cleanup()
+
+    def kept(self, x):
+        """What appended rows are from then on."""
+        return dequantise(*quantise(x, self.codes["quantised"])) if self.codes else x
 
     def some(self, data, least=1):
         """Different ids."""
@@ -500,6 +658,9 @@ class Pages(RuleBasedStateMachine):
         new = [data.draw(st.integers(0, 8)) for _ in ids]
         self.seed += 1
         k, v = rows(len(ids), 8, self.seed)
+        expected = self.kept(k), self.kept(v)
+        for n, count in enumerate(new):
+            k[n, :, count:] = v[n, :, count:] = np.nan
         before, used = self.state(), self.cache.pages_used
         needed = self.cache.pages_needed(ids, new)
         assert self.state() == before
@@ -516,7 +677,10 @@ class Pages(RuleBasedStateMachine):
             if self.window is not None:
                 first = max(first, keys.shape[1] - self.window + 1)
             self.model[id] = [
-                *(np.concatenate([x, y[n, :, :count]], axis=1) for x, y in ((keys, k), (values, v))),
+                *(
+                    np.concatenate([x, y[n, :, :count]], axis=1)
+                    for x, y in zip((keys, values), expected, strict=True)
+                ),
                 first,
             ]
 
@@ -550,6 +714,13 @@ class Pages(RuleBasedStateMachine):
         first = first if length > self.anchors else 0
         self.model[id] = [keys[:, :length], values[:, :length], first]
 
+    @rule()
+    def restore(self):
+        """The cache that a file holds takes the place of the one that wrote it."""
+        path = Path(self.folder.name, "cache")
+        self.cache.snapshot(path)
+        self.cache = tf.PagedKVCache.restore(path)
+
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def fail(self, data):
@@ -564,8 +735,9 @@ class Pages(RuleBasedStateMachine):
             lambda: self.cache.truncate(id, self.model[id][0].shape[1] + 1),
             lambda: self.cache.free([id, -1]),
             lambda: self.cache.fork(-1),
+            *([lambda: self.cache.append(id, k, v * np.inf)] if self.codes else []),
         ):
-            with pytest.raises(ValueError, match=r"id|lengths|rows"):
+            with pytest.raises(ValueError, match=r"id|lengths|rows|v must be finite"):
                 wrong()
         assert self.state() == before
 
@@ -621,7 +793,15 @@ class Small(Pages):
     pages, window = 9, 12
 
 
-for machine in (Pages, Forgetful, Anchored, Small):
+class Coded(Pages):
+    codes: ClassVar = {"quantised": "int8"}
+
+
+class CodedAndAnchored(Anchored):
+    pages, codes = 12, {"quantised": "int8"}
+
+
+for machine in (Pages, Forgetful, Anchored, Small, Coded, CodedAndAnchored):
     case = machine.TestCase
     case.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
     globals()[f"Test{machine.__name__}"] = case
@@ -646,6 +826,16 @@ WRONG = {
     "dtype must be that of like, float32": lambda: tf.KVCache(1, 1, 4, dtype="float64", like=K),
     "like must be a NumPy array or a tensor, got list": lambda: tf.KVCache(1, 1, 4, like=[1.0]),
     "like must be float16, bfloat16, float32 or float64, got int64": lambda: tf.KVCache(1, 1, 4, like=np.arange(3)),
+    "quantised must be the name of a type, got bool": lambda: tf.KVCache(1, 1, 4, quantised=True),
+    "quantised must be 'int8', 'float8_e4m3fn', 'int4', got 'int2'": lambda: tf.PagedKVCache(1, 4, quantised="int2"),
+    "group must divide the 6 dims of k, got 4": lambda: tf.PagedKVCache(1, 6, quantised="int8", group=4),
+    "group must divide the 5 dims of v, got 3": lambda: tf.KVCache(1, 1, 6, 5, quantised="int8", group=3),
+    "group must be even for int4, got 3": lambda: tf.KVCache(1, 1, 6, quantised="int4", group=3),
+    "v must have an even number of dims for int4, got 5": lambda: tf.PagedKVCache(1, 6, 5, quantised="int4"),
+    "group must be left out where nothing is quantised, got 4": lambda: tf.KVCache(1, 1, 4, group=4),
+    "dtype must be float16, bfloat16 or float32 for a quantised cache, got float64": lambda: tf.PagedKVCache(
+        1, 4, dtype=float, quantised="int8"
+    ),
     "k must have shape (batch, kv_heads, S, dim) = (3, 2, S, 6), got (2, 2, 3, 6)": lambda: tf.KVCache(
         3, HEADS, DIM, V_DIM
     ).append(K, V),
