@@ -66,7 +66,7 @@ class Stored:
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
     """The same with its pages one after another and its codes decoded, in a copy of what the sequences use."""
     assert x.table is not None and x.kv_ends is not None
-    page = x.k.shape[-2]
+    page = x.k.shape[-2]  # arrays over keys keep the capacity that they have, so kv_len stays
     used = -(-int(x.kv_ends.max(initial=0)) // page)
     table = x.table[:, :used]
     dense = []
@@ -78,8 +78,7 @@ def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
         rows[table < 0] = 0
         dense.append(rows.swapaxes(1, 2).reshape(len(table), p.kv_heads, used * page, rows.shape[-1]))
     k, v = dense
-    kv_len = used * page
-    p = replace(p, layout=Layout.DENSE, kv_len=kv_len, kv_dtype=p.q_dtype)
+    p = replace(p, layout=Layout.DENSE, kv_dtype=p.q_dtype)
     return p, replace(x, k=k, v=v, table=None, k_scale=None, v_scale=None)
 
 
@@ -104,10 +103,21 @@ def frames(p: Problem, x: Operands) -> Iterator[Frame]:
         for q0, q1, k0, k1 in zip(x.q_ends[:-1], x.q_ends[1:], x.kv_ends[:-1], x.kv_ends[1:], strict=True):
             yield Frame(int(q1 - q0), int(k1 - k0), (), 0, int(q0), int(k0), p.q_len, p.kv_len)
         return
+    if x.table is not None and not x.lead:
+        yield from packed_frames(x)
+        return
     for index in np.ndindex(x.lead):
         q_len = p.q_len if x.q_ends is None else int(x.q_ends[index])
         kv_len = p.kv_len if x.kv_ends is None else int(x.kv_ends[index])
         yield Frame(q_len, kv_len, index, 0, 0, 0, p.q_len, p.kv_len)
+
+
+def packed_frames(x: Operands) -> Iterator[Frame]:
+    """Every sequence of packed queries over pages: their rows follow one another, while each has its keys from 0 on."""
+    assert x.q_ends is not None and x.kv_ends is not None and x.table is not None
+    q_total, kv_total = x.q.shape[-2], x.table.shape[1] * x.k.shape[-2]
+    for q0, q1, kv_len in zip(x.q_ends[:-1], x.q_ends[1:], x.kv_ends, strict=True):
+        yield Frame(int(q1 - q0), int(kv_len), (), 0, int(q0), 0, q_total, kv_total)
 
 
 def fill_padding(p: Problem, x: Operands, rows: slice | None) -> None:

@@ -7,6 +7,7 @@ Bits are the matter of `laws/test_cached_bits.py`, files that of `faults/test_sn
 import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tilefold as tf
 from tilefold import plan
-from tilefold.caches import cascade, dequantise, quantise
+from tilefold.caches import cascade, dequantise, packed, quantise
 from tilefold.caches.paged import roomy
 from tilefold.caches.pool import Pool
 from tilefold.dtypes import ROWS
@@ -282,6 +283,194 @@ def test_what_it_would_do_is_explained():
     assert "paged" in str(told)
 
 
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_boolean_masks_over_the_capacity(backend):
+    cache = paged()
+    (a,), ((k, v),) = filled(cache, 70)
+    q, view = queries(1, 3), cache[a]
+    assert view.capacity > 72
+    mask = np.random.default_rng(0).random((3, view.capacity)) < 0.5
+    expected = tf.attention(q, k, v, mask=mask[:, :70], backend=backend)
+    assert_same_bits(tf.attention(q, view, mask=mask, backend=backend), expected)
+
+
+# ---- packed queries ------------------------------------------------------------------------------------------
+
+COUNTS = (1, 1, 9, 0, 1, 3)
+ENDS = np.cumsum([0, *COUNTS])
+
+
+def packed_call(kind, counts=COUNTS):
+    """(view, q, the keys and values of each sequence), of so many queries each."""
+    lengths = [n + 5 * i for i, n in enumerate(counts)]
+    every = [rows(1, n, n) for n in lengths]
+    if kind == "pages":
+        cache = paged()
+        ids, every = filled(cache, *lengths)
+        view = cache[ids]
+    else:
+        view = tf.KVCache(len(counts), HEADS, DIM, V_DIM)
+        padded = [np.zeros((len(counts), HEADS, max(lengths), d), np.float32) for d in (DIM, V_DIM)]
+        for n, (k, v) in enumerate(every):
+            padded[0][n, :, : lengths[n]], padded[1][n, :, : lengths[n]] = k[0], v[0]
+        view.append(*padded, lengths)
+    return view, queries(1, sum(counts))[0], every
+
+
+def alone(q, every, counts=COUNTS, **options):
+    """(out, lse) of each sequence by itself, one after the other."""
+    ends = np.cumsum([0, *counts])
+    parts = [
+        tf.attention(q[:, a:b], k[0], v[0], return_lse=True, **options)
+        for a, b, (k, v) in zip(ends[:-1], ends[1:], every, strict=True)
+    ]
+    return tuple(np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["one stretch", "pages"])
+def test_packed_queries_are_each_sequence_alone(kind):
+    view, q, every = packed_call(kind)
+    for options in ({}, {"causal": True}, {"window": (3, 1)}, {"sinks": [0.0, 1, 2, 3], "softcap": 2.0}):
+        got = tf.attention(q, view, cu_seqlens_q=ENDS, return_lse=True, **options)
+        assert_same_bits(got, alone(q, every, **options))
+        out, lse = tf.attention(q, view, cu_seqlens_q=ENDS, return_lse=True, backend="numpy", **options)
+        for x, y in zip((out, lse), got, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=64 * ROWS["float32"].roundoff)
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_masks_of_packed_queries_count_packed_rows(backend):
+    """What a mask has for each query comes in the order of the queries; positions are of each sequence."""
+    view, q, every = packed_call("pages")
+    total, lengths = len(q[0]), [k.shape[2] for k, _ in every]
+    before = np.repeat([n - c for n, c in zip(lengths, COUNTS, strict=True)], COUNTS)
+    step = np.concatenate([np.arange(n) for n in COUNTS])
+    lo, hi = before // 2, before + step + 1
+    heads = np.arange(4)[:, None, None]
+    cells = (heads + np.arange(view.capacity) + np.arange(total)[:, None]) % 3 > 0
+    masks = {
+        "spans": (tf.spans(lo, hi), lambda a, b, end: tf.spans(lo[a:b], hi[a:b])),
+        "tree": (tf.tree(step - 1), lambda a, b, end: tf.tree(step[a:b] - 1)),
+        "cells": (cells, lambda a, b, end: cells[:, a:b, :end]),
+        "cells of one head": (cells[0], lambda a, b, end: cells[0, a:b, :end]),
+        "cells and spans": (
+            tf.dense(cells) & tf.spans(lo, hi),
+            lambda a, b, end: tf.dense(cells[:, a:b, :end]) & tf.spans(lo[a:b], hi[a:b]),
+        ),
+        "a rule": (tf.from_predicate(lambda i, j: (i + j) % 2 == 0), None),
+        "a rule for each head": (
+            tf.from_predicate(lambda at, h, i, j: (i + j + h) % 3 > 0, per_head=True),
+            None,
+        ),
+    }
+    for name, (mask, part) in masks.items():
+        got = tf.attention(q, view, mask=mask, cu_seqlens_q=ENDS, return_lse=True, backend=backend)
+        for n, (k, v) in enumerate(every):
+            a, b = ENDS[n : n + 2]
+            own = mask if part is None else part(a, b, lengths[n])
+            right = tf.attention(q[:, a:b], k[0], v[0], mask=own, return_lse=True, backend=backend)
+            for x, y in zip(got, right, strict=True):
+                if backend == "auto":
+                    assert_same_bits(x[:, a:b], y, f"{name}, sequence {n}")
+                else:
+                    np.testing.assert_allclose(x[:, a:b], y, rtol=0, atol=64 * ROWS["float32"].roundoff)
+
+
+def test_packed_results_go_where_they_are_wanted():
+    """Into `out`, in any memory order; rows of nobody else are touched."""
+    view, q, every = packed_call("pages")
+    right, _ = alone(q, every, causal=True)
+    memory = np.full((len(q[0]) + 2, 4, V_DIM), 7, np.float32)
+    out = memory[1:-1].swapaxes(0, 1)
+    assert tf.attention(q, view, causal=True, cu_seqlens_q=ENDS, out=out) is out
+    assert_same_bits(out, right)
+    assert (memory[[0, -1]] == 7).all()
+    by_rows = np.ascontiguousarray(q.swapaxes(0, 1)).swapaxes(0, 1)
+    got = tf.attention(by_rows, view, causal=True, cu_seqlens_q=ENDS)
+    assert_same_bits(got, right)
+    assert got.strides[1] > got.strides[0]
+
+
+def test_sequences_that_follow_one_another_are_not_copied():
+    x = np.arange(4 * 12).reshape(4, 12, 1)
+    seen = {b.q_len: b for b in packed.batches(np.array([0, 1, 2, 2, 3, 6, 9, 12]))}
+    assert sorted(seen) == [0, 1, 3] and seen[1].sequences.tolist() == [0, 1, 3]
+    for batch in seen.values():
+        assert isinstance(batch.rows, slice) and (batch.q_len == 0 or np.shares_memory(batch.taken(x), x))
+    apart = next(b for b in packed.batches(np.array([0, 1, 3, 4])) if b.q_len == 1)
+    assert not np.shares_memory(apart.taken(x), x) and apart.taken(x)[1].tolist() == x[:, 3:4].tolist()
+    one_row = np.broadcast_to(x[:, :1], (4, 12, 9))
+    assert apart.taken(one_row).strides[2:] == (0, 0)
+
+
+def test_packed_queries_are_explained():
+    view, q, every = packed_call("pages")
+    told = tf.explain(q, view, causal=True, cu_seqlens_q=ENDS)
+    lengths = [k.shape[2] for k, _ in every]
+    assert told.batches == 4 and (told.problem.batch, told.problem.q_len) == (1, 9)
+    assert told.cells == 2 * HEADS * sum(
+        c * n - c * (c - 1) // 2 for c, n in zip(COUNTS, lengths, strict=True)
+    )
+    assert told.kv_bytes == 4 * HEADS * (DIM + V_DIM) * sum(lengths)
+    assert "packed      4 calls" in str(told)
+    assert tf.explain(queries(1, 1), paged_one(), causal=True).batches == 1
+
+
+def paged_one():
+    cache = paged()
+    return cache[filled(cache, 9)[0]]
+
+
+def test_packed_queries_must_not_see_what_is_forgotten():
+    cache = paged(window=5)
+    (a, b), _ = filled(cache, 20, 3)
+    cache.append([a, b], *rows(2, 2))
+    q, ends = queries(1, 3)[0], np.array([0, 2, 3])
+    out = tf.attention(q, cache[a, b], window=(4, 0), cu_seqlens_q=ends)
+    for n, id in enumerate((a, b)):
+        rows_of = slice(*ends[n : n + 2])
+        assert_same_bits(out[:, rows_of], tf.attention(q[None, :, rows_of], cache[id], window=(4, 0))[0])
+    with pytest.raises(ValueError, match="the cache has forgotten keys 0 to 15 of sequence 0"):
+        tf.attention(q, cache[a, b], causal=True, cu_seqlens_q=ends)
+    out = tf.attention(
+        q[:, :1], cache[a, b], causal=True, cu_seqlens_q=np.array([0, 0, 1])
+    )  # b has forgotten none
+    assert_same_bits(out, tf.attention(q[None, :, :1], cache[b], causal=True)[0])
+
+
+def test_packed_tensors():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    view, q, every = packed_call("pages")
+    out, lse = tf.attention(
+        torch.from_numpy(q), view, causal=True, cu_seqlens_q=torch.from_numpy(ENDS), return_lse=True
+    )
+    right = alone(q, every, causal=True)
+    assert isinstance(out, torch.Tensor)
+    assert_same_bits((out.numpy(), lse.numpy()), right)
+
+
+def test_shared_pages_of_packed_queries_are_read_once(monkeypatch):
+    monkeypatch.setattr(cascade, "PAYS", -(2**40))
+    cache = paged()
+    (a,), _ = filled(cache, 21)
+    ids = [a, cache.fork(a), cache.fork(a)]
+    q, ends = queries(1, 4)[0], np.array([0, 1, 3, 4])
+    told = tf.explain(q, cache.view(ids, cascade=True), cu_seqlens_q=ends)
+    assert told.shared == 20 and told.batches == 2
+    out = tf.attention(q, cache.view(ids, cascade=True), cu_seqlens_q=ends)
+    right = tf.attention(q, cache[ids], cu_seqlens_q=ends)
+    np.testing.assert_allclose(out, right, rtol=0, atol=64 * ROWS["float32"].roundoff)
+
+
+def test_packed_queries_of_nobody():
+    cache = paged()
+    for ids in ([], [cache.open(), cache.open()]):
+        out, lse = tf.attention(
+            queries(1, 0)[0], cache[ids], cu_seqlens_q=np.zeros(len(ids) + 1, int), return_lse=True
+        )
+        assert out.shape == (2 * HEADS, 0, V_DIM) and lse.shape == (2 * HEADS, 0)
+
+
 # ---- forgetting ----------------------------------------------------------------------------------------------
 
 
@@ -377,6 +566,16 @@ def test_what_is_gone_is_refused(options, anchors):
     view, _ = forgetful(anchors)
     with pytest.raises(ValueError, match=f"the cache has forgotten keys {anchors} to 15 of sequence 0"):
         tf.attention(queries(1, 1), view, **options)
+
+
+def test_an_array_within_what_is_left():
+    view, arrays = forgetful(0)
+    q, cells = queries(1, 1), np.arange(view.capacity) > 17
+    assert view.capacity > 21
+    assert_same_bits(tf.attention(q, view, mask=cells), tf.attention(q, *arrays, mask=cells[:21]))
+    cells[9] = True
+    with pytest.raises(ValueError, match="the cache has forgotten keys 0 to 15"):
+        tf.attention(q, view, mask=cells)
 
 
 limits = st.none() | st.integers(-25, 25)
@@ -810,6 +1009,7 @@ for machine in (Pages, Forgetful, Anchored, Small, Coded, CodedAndAnchored):
 # ---- errors --------------------------------------------------------------------------------------------------
 
 K, V = rows(2, 3)
+Q = queries(2, 1)
 
 WRONG = {
     "kv_heads must be >= 1, got 0": lambda: tf.KVCache(1, 0, 4),
@@ -859,6 +1059,28 @@ WRONG = {
     "v must not be given beside a KVCache, which holds keys and values": lambda: tf.attention(queries(2, 1), one(), V),
     "which holds keys and values; give a mask as mask=": lambda: tf.attention(queries(2, 1), one(), tf.causal()),
     "kv_lengths must not be given with a cache": lambda: tf.attention(queries(2, 1), one(), kv_lengths=[1, 1]),
+    "cu_seqlens_k must not be given with a cache": lambda: tf.attention(Q, one(), cu_seqlens_k=np.array([0, 1])),
+    "cu_seqlens_q must count the 2 sequences of the cache, got 1": lambda: tf.attention(
+        Q[0], one(), cu_seqlens_q=np.array([0, 1])
+    ),
+    "cu_seqlens_q must end at 1, the number of packed rows; got 2": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 2])
+    ),
+    "with cu_seqlens_q q must be (heads, total, dim), got (2, 4, 1, 6)": lambda: tf.attention(
+        Q, two()[0, 1], cu_seqlens_q=np.array([0, 1, 2])
+    ),
+    "cu_seqlens and lengths exclude each other": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), q_lengths=[1, 1]
+    ),
+    "plan must not be given with packed queries over a cache": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), plan=tf.explain(Q, two()[0, 1]).plan
+    ),
+    "probes must not be given with packed queries over a cache": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), probes=[SimpleNamespace(name="none", start=None)]
+    ),
+    "mask of shape (4, 2, 12) does not broadcast to (..., heads, q_len, kv_len) = (4, 1, 4)": lambda: tf.attention(
+        Q[0], two()[0, 1], mask=np.ones((4, 2, 12), bool), cu_seqlens_q=np.array([0, 1, 1])
+    ),
     "the cache holds 2 sequences, q has 3": lambda: tf.attention(queries(3, 1), two()[0, 1]),
     "q and the cache must have one dtype, got q float64, k float32": lambda: tf.attention(
         queries(2, 1, float), two()[0, 1]

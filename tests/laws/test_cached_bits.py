@@ -314,3 +314,97 @@ def test_a_restored_cache_of_codes_goes_on_with_the_same_bits(way, tmp_path):
         again = type(whole).restore(tmp_path / "cache")
         append(again)(k[:, :, 50:], v[:, :, 50:])
         assert_same_bits(attend(q, again if whole is stretch else again[id], causal=True), right)
+
+
+# ---- packed queries --------------------------------------------------------------------------------------------
+
+STORES = ("pages", "one stretch", "pages of int8", "one stretch of int4")
+
+
+def mixed(store, dtype, lengths, page=16):
+    """(view, capacity) of sequences of these lengths; floats are in pages that many sequences took in turn."""
+    sizes = (KV_HEADS, DIM, CODED_V_DIM)
+    way = {"int8": WAYS["int8"], "int4": WAYS["int4 in groups"]}.get(store.split()[-1], {})
+    every = [coded_keys(n, dtype, seed) for seed, n in enumerate(lengths)]
+    if store.startswith("pages"):
+        cache = tf.PagedKVCache(*sizes, page=page, pages=900, dtype=numpy_type(dtype), **way)
+        ids = [cache.open() for _ in lengths]
+        for part in range(0, max(lengths, default=0), 50):
+            for id, (k, v) in zip(ids, every, strict=True):
+                cache.append(id, k[:, :, part : part + 50], v[:, :, part : part + 50])
+        return cache[ids], cache[ids].capacity
+    cache = tf.KVCache(len(lengths), *sizes, dtype=numpy_type(dtype), **way)
+    padded = [np.zeros((len(lengths), KV_HEADS, max(lengths), d), numpy_type(dtype)) for d in sizes[1:]]
+    for n, rows in enumerate(every):
+        for x, y in zip(padded, rows, strict=True):
+            x[n, :, : y.shape[2]] = y[0]
+    cache.append(*padded, list(lengths))
+    return cache, cache.capacity
+
+
+def padded_from(packed, ends):
+    """(heads, total, ...) as (batch, heads, longest, ...), NaN behind each sequence."""
+    counts = np.diff(ends)
+    shape = len(counts), len(packed), max(counts, default=0), *packed.shape[2:]
+    whole = np.full(shape, np.nan if packed.dtype.kind != "b" else True, packed.dtype)
+    for n, (start, count) in enumerate(zip(ends[:-1], counts, strict=True)):
+        whole[n, :, :count] = packed[:, start : start + count]
+    return whole
+
+
+def packed_from(padded, ends):
+    parts = [x[:, :count] for x, count in zip(padded, np.diff(ends), strict=True)]
+    return np.concatenate(parts, axis=1)
+
+
+def assert_packed_is_padded(store, dtype, lengths, counts, given, arrays=(), page=16):
+    """`arrays`: names of arrays over scores that come packed, too."""
+    view, capacity = mixed(store, dtype, lengths, page)
+    ends = np.cumsum([0, *counts])
+    rng = np.random.default_rng(int(ends[-1]))
+    q = rng.standard_normal((HEADS, ends[-1], DIM)).astype(numpy_type(dtype))
+    shape = HEADS, int(ends[-1]), capacity
+    packed = {"bias": rng.standard_normal(shape).astype(np.float32), "mask": rng.random(shape) < 0.6}
+    packed = {name: packed[name] for name in arrays}
+    got = attend(q, view, cu_seqlens_q=ends, **given, **packed)
+    padded = {name: padded_from(x, ends) for name, x in packed.items()}
+    if "bias" in padded:
+        np.nan_to_num(padded["bias"], copy=False)
+    whole = padded_from(q, ends)
+    right = attend(whole, view, q_lengths=np.array(counts, np.int64), **given, **padded)
+    assert_same_bits(got, tuple(packed_from(x, ends) for x in right))
+
+
+LENGTHS, COUNTS = (
+    (60, 1, 130, 75, 30, 300, 9),
+    (1, 1, 40, 1, 0, 300, 7),
+)  # decoding, chunks, a prompt, one that rests
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_packed_queries_give_what_padded_ones_give(dtype, store, options):
+    assert_packed_is_padded(store, dtype, LENGTHS, COUNTS, options)
+
+
+@pytest.mark.parametrize("arrays", [("bias",), ("mask",), ("bias", "mask")], ids=str)
+@pytest.mark.parametrize("counts", [COUNTS, (1,) * 7, (2, 1, 2, 1, 0, 1, 2)], ids=str)
+def test_arrays_over_packed_scores(counts, arrays):
+    for causal in (False, True):
+        assert_packed_is_padded("pages", "float32", LENGTHS, counts, {"causal": causal}, arrays)
+
+
+@given(
+    store=st.sampled_from(STORES),
+    page=st.sampled_from([1, 7, 16, 100]),
+    sequences=st.lists(
+        st.tuples(st.integers(0, 90), st.sampled_from([0, 1, 1, 1, 2, 3, 17])), min_size=1, max_size=7
+    ),
+    name=st.sampled_from(list(OPTIONS)),
+    dtype=st.sampled_from(HALVES),
+)
+@settings(max_examples=60)
+def test_any_packing(store, page, sequences, name, dtype):
+    lengths, counts = [n for n, _ in sequences], [n for _, n in sequences]
+    assert_packed_is_padded(store, dtype, lengths, counts, OPTIONS[name], page=page)
