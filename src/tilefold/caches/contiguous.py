@@ -14,6 +14,7 @@ import numpy as np
 
 from ..layouts import Stored
 from ..masks import integer
+from .rotary import Rotary, placed
 from .rows import CacheFull, Rows, bits, by_name, counted, shortened
 
 LEAST = 16  # rows of the first growth
@@ -57,20 +58,22 @@ class KVCache:
         self._memory = self._rows.empty(self._batch, self._rows.kv_heads, room)
         self._lengths = np.zeros(self._batch, np.int64)
 
-    def append(self, k: Any, v: Any, lengths: Any = None) -> None:
+    def append(self, k: Any, v: Any, lengths: Any = None, *, rotary: Rotary | None = None) -> None:
         """Add rows to the end of every sequence.
 
         Args:
             k, v: ``(batch, kv_heads, S, dim or v_dim)``.
             lengths: how many of the S rows are new, one integer or ``(batch,)``; the rest is padding. By default
                 all are.
+            rotary: a `Rotary`, which turns the keys to the positions that they take; without one they are stored as
+                they come.
 
         Raises:
             CacheFull: beyond a fixed capacity. As after any other error, nothing was written.
         """
         k, v = self._rows.enter(k, v, self._batch)
         new = counted(lengths, self._batch, k.shape[2])
-        stored = self._rows.stored(k, v, new)
+        stored = self._rows.stored(placed(rotary, k, self._lengths, new), v, new)
         ends = self._lengths + new
         if (most := int(ends.max())) > self.capacity:
             if not self._grows:

@@ -19,6 +19,7 @@ import numpy as np
 from ..layouts import Stored
 from ..masks import integer
 from .pool import Pool
+from .rotary import Rotary, placed
 from .rows import Memory, Rows, by_name, counted, per_sequence, shortened
 
 
@@ -101,7 +102,7 @@ class PagedKVCache:
             self._cut(sequence, 0)
             del self._sequences[id]
 
-    def append(self, ids: Any, k: Any, v: Any, lengths: Any = None) -> None:
+    def append(self, ids: Any, k: Any, v: Any, lengths: Any = None, *, rotary: Rotary | None = None) -> None:
         """Add rows to the end of sequences.
 
         Args:
@@ -109,6 +110,8 @@ class PagedKVCache:
             k, v: ``(len(ids), kv_heads, S, dim or v_dim)``.
             lengths: how many of the S rows are new, one integer or ``(len(ids),)``; the rest is padding. By default
                 all are.
+            rotary: a `Rotary`, which turns the keys to the positions that they take; without one they are stored as
+                they come.
 
         Raises:
             CacheFull: a fixed number of pages does not suffice. As after any other error, nothing was written.
@@ -118,10 +121,10 @@ class PagedKVCache:
         sequences = list(self._named(ids, distinct=True).values())
         k, v = self._pool.rows.enter(k, v, len(sequences))
         new = counted(lengths, len(sequences), k.shape[2])
-        stored = self._pool.rows.stored(k, v, new)
+        starts = [sequence.length for sequence in sequences]
+        stored = self._pool.rows.stored(placed(rotary, k, np.array(starts, np.int64), new), v, new)
         growing = [(s, int(n)) for s, n in zip(sequences, new, strict=True) if n]
         self._pool.reserve(self._needed(growing))
-        starts = [sequence.length for sequence in sequences]
         for sequence, _ in growing:
             self._give_back(sequence)
         try:

@@ -173,13 +173,13 @@ def per_sequence(name: str, given: Any, batch: int) -> np.ndarray:
     return own
 
 
-def counted(lengths: Any, batch: int, rows: int) -> np.ndarray:
-    """How many of `rows` rows are new for each sequence: the argument `lengths` of an append."""
+def counted(lengths: Any, batch: int, rows: int, *, name: str = "lengths", of: str = "k and v") -> np.ndarray:
+    """How many of `rows` rows are real for each sequence: the argument `lengths` of an append, or another one."""
     if lengths is None:
         return np.full(batch, rows, np.int64)
-    own = per_sequence("lengths", lengths, batch)
+    own = per_sequence(name, lengths, batch)
     if own.size and own.max() > rows:
-        raise ValueError(f"lengths must be at most {rows}, the rows of k and v; got {own.max()}")
+        raise ValueError(f"{name} must be at most {rows}, the rows of {of}; got {own.max()}")
     return own
 
 
