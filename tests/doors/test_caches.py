@@ -64,6 +64,11 @@ def filled(cache, *lengths):
     return ids, every
 
 
+def end_to_end(arrays, counts):
+    """Padded arrays as packed ones."""
+    return [np.concatenate([x[n, :, :count] for n, count in enumerate(counts)], axis=1) for x in arrays]
+
+
 # ---- one stretch per sequence --------------------------------------------------------------------------------
 
 
@@ -656,7 +661,7 @@ def coded(kind, way, batch=2, **settings):
         return cache, cache.append, cache
     cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=4, **way, **settings)
     ids = [cache.open() for _ in range(batch)]
-    return cache, lambda *given: cache.append(ids, *given), cache[ids]
+    return cache, lambda *given, **more: cache.append(ids, *given, **more), cache[ids]
 
 
 KINDS = pytest.mark.parametrize("kind", ["one stretch", "pages"])
@@ -771,6 +776,29 @@ def test_shared_pages_of_codes_are_read_once(monkeypatch):
     )
 
 
+@KINDS
+@pytest.mark.parametrize("way", [{"quantised": None}, *WAYS.values()], ids=["numbers", *WAYS])
+def test_rows_that_come_packed_lie_where_padded_ones_would(kind, way):
+    (padded, append, _), (packed, append_packed, _) = (coded(kind, way, batch=4) for _ in "ab")
+    for seed, counts in enumerate([(5, 0, 9, 1), (1, 1, 1, 1), (0, 1, 0, 1), (0, 0, 0, 0), (3, 3, 3, 3)]):
+        rows = wide_rows(4, 9, seed)
+        append(*rows, counts)
+        append_packed(*end_to_end(rows, counts), cu_seqlens=np.cumsum([0, *counts]))
+    ends = (9, 5, 13, 6)
+    for mine, right in zip(
+        *((cache.k, cache.v, cache.k_scale, cache.v_scale) for cache in (packed, padded)), strict=True
+    ):
+        assert (mine is None) == (right is None)
+        if mine is not None and kind == "one stretch":
+            for n, end in enumerate(ends):
+                assert_same_bits(mine[n, :, :end].view(np.uint8), right[n, :, :end].view(np.uint8))
+    if kind == "pages":
+        for id in packed.ids:
+            assert packed.lengths(id).tolist() == [ends[id]]
+            for mine, right in zip(held(packed, id), held(padded, id), strict=True):
+                assert_same_bits(mine, right)
+
+
 # ---- tensors -------------------------------------------------------------------------------------------------
 
 
@@ -864,7 +892,10 @@ class Pages(RuleBasedStateMachine):
         needed = self.cache.pages_needed(ids, new)
         assert self.state() == before
         try:
-            self.cache.append(ids, k, v, new)
+            if data.draw(st.booleans()):
+                self.cache.append(ids, *end_to_end((k, v), new), cu_seqlens=np.cumsum([0, *new]))
+            else:
+                self.cache.append(ids, k, v, new)
         except tf.CacheFull:
             assert self.pages is not None and self.state() == before and needed > self.cache.pages_free
             return
@@ -1043,6 +1074,19 @@ WRONG = {
     "k must be float64 as the cache is, got float32": lambda: tf.KVCache(2, HEADS, DIM, dtype=float).append(K, V),
     "k must be an array": lambda: tf.KVCache(2, HEADS, DIM, V_DIM).append(None, V),
     "k and v must have the same number of rows, got 3 and 2": lambda: one().append(K, V[:, :, :2]),
+    "k must have shape (kv_heads, total, dim) = (2, total, 6), got (2, 2, 3, 6)": lambda: one().append(
+        K, V, cu_seqlens=np.array([0, 3, 6])
+    ),
+    "cu_seqlens must end at 3, the number of packed rows; got 2": lambda: one().append(
+        K[0], V[0], cu_seqlens=np.array([0, 1, 2])
+    ),
+    "cu_seqlens must count the 2 sequences of the cache, got 1": lambda: two().append(
+        [0, 1], K[0], V[0], cu_seqlens=np.array([0, 3])
+    ),
+    "cu_seqlens must be a 1-D int32 or int64 array": lambda: one().append(K[0], V[0], cu_seqlens=np.array([0.0, 3])),
+    "cu_seqlens and lengths exclude each other: packed rows": lambda: one().append(
+        K[0], V[0], 1, cu_seqlens=np.array([0, 1, 3])
+    ),
     "lengths must be at most 3, the rows of k and v; got 4": lambda: one().append(K, V, [4, 0]),
     "lengths must be one integer or have shape (2,), got (3,)": lambda: one().append(K, V, [1, 1, 1]),
     "lengths must be integers, got float64": lambda: one().append(K, V, [1.0, 1.0]),

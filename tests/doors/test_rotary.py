@@ -127,7 +127,7 @@ def store(kind, batch):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("kind", STORES)
 def test_keys_are_turned_to_the_positions_that_they_take(kind, interleaved):
-    """Prompts of three lengths, a few steps, one chunk: the bits of keys that were turned beforehand."""
+    """Prompts padded, a few steps and a chunk packed: the bits of keys that were turned beforehand."""
     rotary = Rotary(*tables(8), interleaved=interleaved)
     every = [[rows(1, HEADS, n, DIM, seed=seed) for seed in (0, 1)] for n in (20, 9, 33)]
     at, (_, append, view) = np.zeros(3, int), store(kind, 3)
@@ -136,7 +136,15 @@ def test_keys_are_turned_to_the_positions_that_they_take(kind, interleaved):
         for n, count in enumerate(new):
             for x, y in zip(padded, every[n], strict=True):
                 x[n, :, :count] = y[0, :, at[n] : at[n] + count]
-        append(*padded, new, rotary=rotary)
+        if new[0] == 1:
+            append(*(x[:, :, 0].swapaxes(0, 1) for x in padded), cu_seqlens=np.arange(4), rotary=rotary)
+        elif new[0] == 11:
+            packed = [
+                np.concatenate([x[n, :, :count] for n, count in enumerate(new)], axis=1) for x in padded
+            ]
+            append(*packed, cu_seqlens=np.cumsum([0, *new]), rotary=rotary)
+        else:
+            append(*padded, new, rotary=rotary)
         at += new
     q = rows(3, 2 * HEADS, 6, DIM)
     got = tf.attention(rotary.queries(q, view), view, causal=True)

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..layouts import Stored
 from ..masks import integer
-from .rotary import Rotary, placed
-from .rows import CacheFull, Rows, bits, by_name, counted, shortened
+from .rotary import Rotary, keys_turned
+from .rows import CacheFull, New, Rows, bits, by_name, shortened
 
 LEAST = 16  # rows of the first growth
 
@@ -58,28 +58,31 @@ class KVCache:
         self._memory = self._rows.empty(self._batch, self._rows.kv_heads, room)
         self._lengths = np.zeros(self._batch, np.int64)
 
-    def append(self, k: Any, v: Any, lengths: Any = None, *, rotary: Rotary | None = None) -> None:
+    def append(
+        self, k: Any, v: Any, lengths: Any = None, *, cu_seqlens: Any = None, rotary: Rotary | None = None
+    ) -> None:
         """Add rows to the end of every sequence.
 
         Args:
             k, v: ``(batch, kv_heads, S, dim or v_dim)``.
             lengths: how many of the S rows are new, one integer or ``(batch,)``; the rest is padding. By default
                 all are.
+            cu_seqlens: cumulative lengths of sequences whose rows come packed, k and v ``(kv_heads, total, dim or
+                v_dim)``, as `tilefold.attention` takes `cu_seqlens_q`.
             rotary: a `Rotary`, which turns the keys to the positions that they take; without one they are stored as
                 they come.
 
         Raises:
             CacheFull: beyond a fixed capacity. As after any other error, nothing was written.
         """
-        k, v = self._rows.enter(k, v, self._batch)
-        new = counted(lengths, self._batch, k.shape[2])
-        stored = self._rows.stored(placed(rotary, k, self._lengths, new), v, new)
-        ends = self._lengths + new
+        new = self._rows.enter(k, v, self._batch, lengths, cu_seqlens)
+        new = self._rows.stored(keys_turned(rotary, new, self._lengths))
+        ends = self._lengths + new.counts
         if (most := int(ends.max())) > self.capacity:
             if not self._grows:
                 raise CacheFull(f"the capacity of the cache is {self.capacity} rows, and {most} are needed")
             self._grow(most)
-        for mine, rows in zip(self._memory, stored, strict=True):
+        for mine, rows in zip(self._memory, new.arrays, strict=True):
             self._write(bits(mine), bits(rows), new)
         self._lengths = ends
 
@@ -175,16 +178,16 @@ class KVCache:
             bits(grown)[:, :, :used] = bits(old)[:, :, :used]
         self._memory = memory
 
-    def _write(self, mine: np.ndarray, rows: np.ndarray, new: np.ndarray) -> None:
-        at, most = self._lengths, int(new.max())
-        if (at == at[0]).all() and (new == most).all():
+    def _write(self, mine: np.ndarray, rows: np.ndarray, new: New) -> None:
+        at, most = self._lengths, int(new.counts.max())
+        if new.ends is None and (at == at[0]).all() and (new.counts == most).all():
             mine[:, :, at[0] : at[0] + most] = rows[:, :, :most]
         elif most == 1:
-            some = np.flatnonzero(new)
-            mine[some, :, at[some]] = rows[some, :, 0]
+            some = np.flatnonzero(new.counts)
+            mine[some, :, at[some]] = new.single(rows)
         else:
-            for n, (start, count) in enumerate(zip(at.tolist(), new.tolist(), strict=True)):
-                mine[n, :, start : start + count] = rows[n, :, :count]
+            for n, (start, count) in enumerate(zip(at.tolist(), new.counts.tolist(), strict=True)):
+                mine[n, :, start : start + count] = new.of(rows, n)
 
     def _pieces(self) -> Iterator[np.ndarray]:
         """The memory in use, in the order of a file."""

@@ -19,8 +19,8 @@ import numpy as np
 from ..layouts import Stored
 from ..masks import integer
 from .pool import Pool
-from .rotary import Rotary, placed
-from .rows import Memory, Rows, by_name, counted, per_sequence, shortened
+from .rotary import Rotary, keys_turned
+from .rows import New, Rows, by_name, per_sequence, shortened
 
 
 @dataclass(slots=True)
@@ -102,7 +102,16 @@ class PagedKVCache:
             self._cut(sequence, 0)
             del self._sequences[id]
 
-    def append(self, ids: Any, k: Any, v: Any, lengths: Any = None, *, rotary: Rotary | None = None) -> None:
+    def append(
+        self,
+        ids: Any,
+        k: Any,
+        v: Any,
+        lengths: Any = None,
+        *,
+        cu_seqlens: Any = None,
+        rotary: Rotary | None = None,
+    ) -> None:
         """Add rows to the end of sequences.
 
         Args:
@@ -110,6 +119,8 @@ class PagedKVCache:
             k, v: ``(len(ids), kv_heads, S, dim or v_dim)``.
             lengths: how many of the S rows are new, one integer or ``(len(ids),)``; the rest is padding. By default
                 all are.
+            cu_seqlens: cumulative lengths of sequences whose rows come packed, k and v ``(kv_heads, total, dim or
+                v_dim)``, as `tilefold.attention` takes `cu_seqlens_q`.
             rotary: a `Rotary`, which turns the keys to the positions that they take; without one they are stored as
                 they come.
 
@@ -119,18 +130,17 @@ class PagedKVCache:
         With a `window`, what no query at these positions or later can see is given back first.
         """
         sequences = list(self._named(ids, distinct=True).values())
-        k, v = self._pool.rows.enter(k, v, len(sequences))
-        new = counted(lengths, len(sequences), k.shape[2])
+        new = self._pool.rows.enter(k, v, len(sequences), lengths, cu_seqlens)
         starts = [sequence.length for sequence in sequences]
-        stored = self._pool.rows.stored(placed(rotary, k, np.array(starts, np.int64), new), v, new)
-        growing = [(s, int(n)) for s, n in zip(sequences, new, strict=True) if n]
+        new = self._pool.rows.stored(keys_turned(rotary, new, np.array(starts, np.int64)))
+        growing = [(s, int(n)) for s, n in zip(sequences, new.counts, strict=True) if n]
         self._pool.reserve(self._needed(growing))
         for sequence, _ in growing:
             self._give_back(sequence)
         try:
             for sequence, count in growing:
                 self._extend(sequence, count)
-            self._write(sequences, starts, new, stored)
+            self._write(sequences, starts, new)
         except BaseException:
             for sequence, start in zip(sequences, starts, strict=True):
                 self._cut(sequence, start)
@@ -363,18 +373,18 @@ class PagedKVCache:
         while len(s.pages) * self.page < s.length:
             s.pages.append(self._pool.take())
 
-    def _write(self, sequences: list[_Sequence], starts: list[int], new: np.ndarray, stored: Memory) -> None:
-        if new.max(initial=0) == 1:
-            some = np.flatnonzero(new)
+    def _write(self, sequences: list[_Sequence], starts: list[int], new: New) -> None:
+        if new.counts.max(initial=0) == 1:
+            some = np.flatnonzero(new.counts)
             places = [
                 sequences[n].pages[starts[n] // self.page] * self.page + starts[n] % self.page for n in some
             ]
-            self._pool.write(np.array(places), *(x[some, :, 0] for x in stored))
+            self._pool.write(np.array(places), *(new.single(x) for x in new.arrays))
             return
         for n, (s, start) in enumerate(zip(sequences, starts, strict=True)):
             at = np.arange(start, s.length)
             at = np.asarray(s.pages, np.int64)[at // self.page] * self.page + at % self.page
-            self._pool.write(at, *(x[n, :, : len(at)].swapaxes(0, 1) for x in stored))
+            self._pool.write(at, *(new.of(x, n).swapaxes(0, 1) for x in new.arrays))
 
     def _cut(self, s: _Sequence, length: int) -> None:
         """Make a sequence end at `length`, without the pages behind it."""

@@ -10,14 +10,14 @@ turned before they are stored, and never again; so a row's position must be know
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..arrays import enter, enter_floats, leave
 from ..dtypes import ROWS, name_of
-from ..masks import check_cu_seqlens
-from .rows import counted
+from .rows import New, counted, ends_of
 
 
 class Rotary:
@@ -94,7 +94,8 @@ class Rotary:
             cache: a `KVCache`, or sequences ``cache[ids]`` of a `PagedKVCache`.
             q_lengths: of padded queries, how many are real; the rest comes back as it is.
         """
-        rows, ends = enter_floats("q", q), np.asarray(cache.stored().lengths, np.int64)
+        rows, lengths = enter_floats("q", q), np.asarray(cache.stored().lengths, np.int64)
+        batch = len(lengths)
         if cu_seqlens_q is not None:
             if q_lengths is not None:
                 raise TypeError(
@@ -102,21 +103,26 @@ class Rotary:
                 )
             if rows.ndim != 3:
                 raise ValueError(f"with cu_seqlens_q q must be (heads, total, dim), got {rows.shape}")
-            cuts = check_cu_seqlens("cu_seqlens_q", enter("cu_seqlens_q", cu_seqlens_q), rows.shape[1])
-            if len(cuts) != len(ends) + 1:
-                raise ValueError(
-                    f"cu_seqlens_q must count the {len(ends)} sequences of the cache, got {len(cuts) - 1}"
-                )
-            at = np.arange(rows.shape[1]) + np.repeat(ends - cuts[1:], np.diff(cuts))
-            return leave(q, self.turned("q", rows, at))
-        if rows.ndim != 4 or len(rows) != len(ends):
+            ends = ends_of("cu_seqlens_q", cu_seqlens_q, rows.shape[1], batch)
+            return leave(q, self.placed("q", New((rows,), np.diff(ends), ends), lengths - np.diff(ends)))
+        if rows.ndim != 4 or len(rows) != batch:
             raise ValueError(
-                f"q must have shape (batch, heads, Sq, dim) with batch {len(ends)}, got {rows.shape}"
+                f"q must have shape (batch, heads, Sq, dim) with batch {batch}, got {rows.shape}"
             )
-        counts = counted(q_lengths, len(ends), rows.shape[2], name="q_lengths", of="q")
+        counts = counted(q_lengths, batch, rows.shape[2], name="q_lengths", of="q")
+        turned = self.placed("q", New((rows,), counts, None), lengths - counts)
         real = np.arange(rows.shape[2]) < counts[:, None]
-        turned = placed(self, rows, ends - counts, counts, "q")
         return leave(q, turned if real.all() else np.where(real[:, None, :, None], turned, rows))
+
+    def placed(self, name: str, new: New, starts: np.ndarray) -> np.ndarray:
+        """The first array of new rows, the argument `name`, turned to the positions from `starts` on; padding to 0."""
+        x, *_ = new.arrays
+        if new.ends is not None:
+            at = np.arange(x.shape[1]) + np.repeat(starts - new.ends[:-1], new.counts)
+            return self.turned(name, x, at)
+        steps = np.arange(x.shape[2])
+        at = np.where(steps < new.counts[:, None], starts[:, None] + steps, 0)
+        return self.turned(name, x, at[:, None])
 
     def turned(self, name: str, x: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Rows ``(..., dim)`` of the argument `name` at positions that broadcast to ``(...)``, in a copy."""
@@ -148,14 +154,10 @@ class Rotary:
         return f"Rotary(<{self.positions} positions>, dim={self.dim}, pairs of {pairs})"
 
 
-def placed(
-    rotary: Rotary | None, k: np.ndarray, starts: np.ndarray, new: np.ndarray, name: str = "k"
-) -> np.ndarray:
-    """Rows ``(batch, heads, S, dim)`` turned to the positions from `starts` on, of which the first `new` are real."""
+def keys_turned(rotary: Rotary | None, new: New, starts: np.ndarray) -> New:
+    """New keys and values, the keys turned to the positions from `starts` on."""
     if rotary is None:
-        return k
+        return new
     if not isinstance(rotary, Rotary):
         raise TypeError(f"rotary must be a tilefold.caches.Rotary, got {type(rotary).__name__}")
-    steps = np.arange(k.shape[2])
-    at = np.where(steps < new[:, None], starts[:, None] + steps, 0)
-    return rotary.turned(name, k, at[:, None])
+    return replace(new, arrays=(rotary.placed("k", new, starts), *new.arrays[1:]))

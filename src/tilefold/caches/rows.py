@@ -8,7 +8,7 @@ nothing; results are of the kind of the queries anyway.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from ..arrays import enter, enter_floats, leave
 from ..dtypes import Code, known, names
 from ..frameworks import is_tensor
-from ..masks import integer
+from ..masks import check_cu_seqlens, integer
 from ..problem import bytes_of
 from .quantised import array_type, coded, groups_of, named
 
@@ -27,6 +27,26 @@ Memory = tuple[np.ndarray, ...]
 
 class CacheFull(MemoryError):
     """A cache of fixed size has no room for what is appended; nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """Rows that are appended, in one or more arrays ``(batch, kv_heads, S, ...)`` of which the first `counts` of each
+    sequence are real, or ``(kv_heads, total, ...)``, where the sequences end at `ends[1:]`."""
+
+    arrays: Memory
+    counts: np.ndarray
+    ends: np.ndarray | None
+
+    def of(self, x: np.ndarray, n: int) -> np.ndarray:
+        """The real rows of sequence n in one of the arrays, ``(kv_heads, count, ...)``."""
+        if self.ends is None:
+            return x[n, :, : self.counts[n]]
+        return x[:, self.ends[n] : self.ends[n + 1]]
+
+    def single(self, x: np.ndarray) -> np.ndarray:
+        """Where each sequence has one row at most, these rows ``(n, kv_heads, ...)``."""
+        return x[self.counts > 0, :, 0] if self.ends is None else x.swapaxes(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,37 +110,50 @@ class Rows:
             bytes_of((*lead, *shape), dtype)
         return tuple(np.empty((*lead, *shape), dtype) for shape, dtype in self.kept)
 
-    def enter(self, k: Any, v: Any, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """New keys and values ``(batch, kv_heads, S, dim or v_dim)``, checked."""
+    def enter(self, k: Any, v: Any, batch: int, lengths: Any, cu_seqlens: Any) -> New:
+        """New keys and values, checked."""
         arrays = {name: enter_floats(name, x) for name, x in (("k", k), ("v", v))}
+        lead = (
+            {"kv_heads": self.kv_heads}
+            if cu_seqlens is not None
+            else {"batch": batch, "kv_heads": self.kv_heads}
+        )
+        rows = "S" if cu_seqlens is None else "total"
         for (name, x), dim in zip(arrays.items(), (self.dim, self.v_dim), strict=True):
-            if x.ndim != 4 or x.shape[:2] != (batch, self.kv_heads) or x.shape[3] != dim:
+            if x.ndim != len(lead) + 2 or x.shape[:-2] != tuple(lead.values()) or x.shape[-1] != dim:
                 raise ValueError(
-                    f"{name} must have shape (batch, kv_heads, S, dim) = ({batch}, {self.kv_heads}, S, {dim}), "
-                    f"got {x.shape}"
+                    f"{name} must have shape ({', '.join(lead)}, {rows}, dim) = "
+                    f"({', '.join(map(str, lead.values()))}, {rows}, {dim}), got {x.shape}"
                 )
             if x.dtype != self.dtype:
                 raise TypeError(f"{name} must be {self.dtype.name} as the cache is, got {x.dtype.name}")
         k, v = arrays.values()
-        if k.shape[2] != v.shape[2]:
-            raise ValueError(f"k and v must have the same number of rows, got {k.shape[2]} and {v.shape[2]}")
-        return k, v
+        if k.shape[-2] != v.shape[-2]:
+            raise ValueError(
+                f"k and v must have the same number of rows, got {k.shape[-2]} and {v.shape[-2]}"
+            )
+        if cu_seqlens is None:
+            return New((k, v), counted(lengths, batch, k.shape[2]), None)
+        if lengths is not None:
+            raise TypeError("cu_seqlens and lengths exclude each other: packed rows have no padding")
+        ends = ends_of("cu_seqlens", cu_seqlens, k.shape[1], batch)
+        return New((k, v), np.diff(ends), ends)
 
-    def stored(self, k: np.ndarray, v: np.ndarray, new: np.ndarray) -> Memory:
-        """What is written of rows ``(batch, kv_heads, S, ...)``: they, or codes and scales of the first `new`
-        ``(batch,)`` of each sequence, for padding may hold anything."""
+    def stored(self, new: New) -> New:
+        """What is written of new rows: they, or their codes and scales. Padding may hold anything, and is left out."""
         if self.code is None:
-            return k, v
-        most = int(new.max(initial=0))
-        real = None if (new == most).all() else (np.arange(most) < new[:, None])[:, None, :, None]
+            return new
+        most = int(new.counts.max(initial=0))
+        padded = new.ends is None and not (new.counts == most).all()
+        real = (np.arange(most) < new.counts[:, None])[:, None, :, None]
         codes, scales = [], []
-        for name, x, (_, dtype) in zip("kv", (k, v), self.kept, strict=False):
-            rows = x[:, :, :most]
-            rows = rows if real is None else np.where(real, rows, x.dtype.type(0))
+        for name, x, (_, dtype) in zip("kv", new.arrays, self.kept, strict=False):
+            rows = x[:, :, :most] if new.ends is None else x
+            rows = np.where(real, rows, x.dtype.type(0)) if padded else rows
             each, scale = coded(name, rows, self.code, self.group, dtype)
             codes.append(each)
             scales.append(scale)
-        return *codes, *scales
+        return replace(new, arrays=(*codes, *scales))
 
     def shown(self, memory: Memory, name: str) -> Any:
         """An array of the cache in the kind of `like`; None for scales where there are none."""
@@ -181,6 +214,14 @@ def counted(lengths: Any, batch: int, rows: int, *, name: str = "lengths", of: s
     if own.size and own.max() > rows:
         raise ValueError(f"{name} must be at most {rows}, the rows of {of}; got {own.max()}")
     return own
+
+
+def ends_of(name: str, given: Any, total: int, batch: int) -> np.ndarray:
+    """Where the sequences of packed rows end: a private copy of the argument `name`, checked."""
+    ends = check_cu_seqlens(name, np.asarray(given) if isinstance(given, list) else enter(name, given), total)
+    if len(ends) != batch + 1:
+        raise ValueError(f"{name} must count the {batch} sequences of the cache, got {len(ends) - 1}")
+    return ends
 
 
 def shortened(lengths: Any, now: np.ndarray) -> np.ndarray:
