@@ -6,7 +6,7 @@ but shorter, packed ones (`VARLEN`) one per pair of cumulative lengths. After `r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,12 +112,14 @@ def frames(p: Problem, x: Operands) -> Iterator[Frame]:
         yield Frame(q_len, kv_len, index, 0, 0, 0, p.q_len, p.kv_len)
 
 
-def packed_frames(x: Operands) -> Iterator[Frame]:
-    """Every sequence of packed queries over pages: their rows follow one another, while each has its keys from 0 on."""
+def packed_frames(x: Operands, sequences: Iterable[int] | None = None) -> Iterator[Frame]:
+    """Every sequence of packed queries over pages, or some: their rows follow one another, while each has its keys from
+    0 on."""
     assert x.q_ends is not None and x.kv_ends is not None and x.table is not None
     q_total, kv_total = x.q.shape[-2], x.table.shape[1] * x.k.shape[-2]
-    for q0, q1, kv_len in zip(x.q_ends[:-1], x.q_ends[1:], x.kv_ends, strict=True):
-        yield Frame(int(q1 - q0), int(kv_len), (), 0, int(q0), 0, q_total, kv_total)
+    for n in range(len(x.kv_ends)) if sequences is None else sequences:
+        q0, q1 = int(x.q_ends[n]), int(x.q_ends[n + 1])
+        yield Frame(q1 - q0, int(x.kv_ends[n]), (), 0, q0, 0, q_total, kv_total)
 
 
 def fill_padding(p: Problem, x: Operands, rows: slice | None) -> None:

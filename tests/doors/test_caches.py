@@ -759,6 +759,24 @@ def test_tensors_are_kept_as_codes(kind, way):
     assert cache.k.dtype == cache.v.dtype == kept and cache.k_scale.dtype == torch.float32
 
 
+@KINDS
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_queries_over_codes_may_have_any_type_that_numbers_have(kind, name):
+    """Whatever the type of the rows was: codes become numbers of the queries' type."""
+    if name == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    _, append, view = coded(kind, {"quantised": "int8"})
+    k, v = wide_rows(2, 9)
+    append(k, v)
+    q = np.ones((2, HEADS, 2, WIDE), np.float32).astype(dequantise(*quantise(k), name).dtype)
+    numbers = [dequantise(*quantise(x), q.dtype) for x in (k, v)]
+    assert_same_bits(tf.attention(q, view, causal=True), tf.attention(q, *numbers, causal=True))
+    with pytest.raises(
+        TypeError, match="q must be float16, bfloat16 or float32 with keys and values of int8"
+    ):
+        tf.attention(q.astype(float), view)
+
+
 def test_shared_pages_of_codes_are_read_once(monkeypatch):
     monkeypatch.setattr(cascade, "PAYS", -(2**40))
     cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=4, quantised="int4")

@@ -69,8 +69,7 @@ def operands(x: Operands, batch: Batch) -> Operands:
     if isinstance(mask, Dense):
         mask = Dense(batch.taken(mask.cells_of((), heads, x.q.shape[1], x.table.shape[1] * x.k.shape[-2])))
     elif mask is not None:
-        every = list(packed_frames(x))
-        mask = _OfPacked(mask, [every[n] for n in batch.sequences])
+        mask = _OfPacked(mask, list(packed_frames(x, batch.sequences.tolist())))
     return replace(
         x,
         q=batch.taken(x.q),
