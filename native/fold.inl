@@ -224,7 +224,10 @@ struct Tile : Lanes<K, T, NR> {
         const int64_t keys = j1 - j0;
         typename Statistics<E, N>::Sums sums;
         if (!CAREFUL) statistics.list_highest(desk.c, desk.u, rows, scores, j0, keys);
-        statistics.weigh(scores, keys, shift, sums);
+        if (desk.u.seen.distance)
+            statistics.template weigh<true>(scores, keys, shift, sums);
+        else
+            statistics.template weigh<false>(scores, keys, shift, sums);
         statistics.add(desk.c, desk.u, scores, j0, keys, sum_part, before, shift, keep, sums);
         each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = sums.weights[i]; });
         if constexpr (K::PAIR == 2) {

@@ -85,19 +85,20 @@ struct Statistics {
             });
             if (!any(found)) continue;
             // All bars are looked at before one is raised: a vector that was just written to in part is slow
-            // to read.
-            uint32_t bits[AHEAD][NR];
-            for (int64_t k = 0; k < n; k++)
-                each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    bits[k][i] = bits_of(load(s + k * N + i * W) > load(bar + i * W));
-                });
-            for (int64_t k = 0; k < n; k++)
-                for (int i = 0; i < NR; i++)
-                    for (uint32_t left = bits[k][i]; left; left &= left - 1) {
-                        const int64_t r = i * W + __builtin_ctz(left);
-                        const E x = s[k * N + r];
-                        if (r < rows && x > bar[r]) insert(c, u, r, x, j0 + j + k);
-                    }
+            // to read. One word holds the finds of a vector in all these keys: each loop ends in a guess.
+            static_assert(AHEAD * W <= 64);
+            uint64_t word[NR];
+            each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                word[i] = 0;
+                for (int64_t k = 0; k < n; k++)
+                    word[i] |= uint64_t(bits_of(load(s + k * N + i * W) > load(bar + i * W))) << (k * W);
+            });
+            for (int i = 0; i < NR; i++)
+                for (uint64_t left = word[i]; left; left &= left - 1) {
+                    const int64_t at = __builtin_ctzll(left), k = at / W, r = i * W + at % W;
+                    const E x = s[k * N + r];
+                    if (r < rows && x > bar[r]) insert(c, u, r, x, j0 + j + k);
+                }
         }
     }
 
@@ -107,6 +108,7 @@ struct Statistics {
         Vec<E> weights[NR], tilt[NR], keys[NR];
     };
     // Weights in place of scores, and their sums.
+    template <bool KEYS>
     static TILEFOLD_INLINE void weigh(E* s, int64_t keys, const Vec<E> (&shift)[NR], Sums& sums) {
         Vec<E> total_of[NR], tilt_of[NR], keys_of[NR], less[NR], number{};
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
@@ -117,7 +119,7 @@ struct Statistics {
                 const Vec<E> x = at_least<E>(load(s + i * W) - less[i]), p = exp_within<E>(x);
                 total_of[i] += p;
                 tilt_of[i] = fma(p, x, tilt_of[i]);
-                keys_of[i] = fma(p, number, keys_of[i]);
+                if constexpr (KEYS) keys_of[i] = fma(p, number, keys_of[i]);
                 store(s + i * W, p);
             });
         each<NR>([&](auto i) TILEFOLD_LAMBDA {

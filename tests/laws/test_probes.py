@@ -1,7 +1,7 @@
 """What must hold of statistics of weights, whatever the problem: sums, bounds and order; and the same bits however the
 core is asked.
 
-Problems are drawn as in test_any_problem.py, masks, types, memory orders and all.
+Problems are drawn as in test_any_problem.py.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from bits import assert_same_bits
+from drawn import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_any_problem import cases
 
 import tilefold as tf
 from tilefold.bench.case import Case
