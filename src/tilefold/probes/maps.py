@@ -79,6 +79,8 @@ def rows(which: Sequence[int], *, limit: int = LIMIT) -> Statistic:
             [0.25, 0.25, 0.25, 0.25]]])
     """
     try:
+        if isinstance(which, (str, bytes)):
+            raise TypeError
         given = [integer("rows: a row", int(n), None) for n in which]
     except TypeError:
         raise TypeError(f"rows: which must be a list of row numbers, got {which!r}") from None

@@ -22,16 +22,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..dtypes import name_of
-from ..layouts import empty_like, fill_padding, frames
-from ..masks import Dense, Mask
-from ..plan import BackendRefused, Plan
-from ..problem import Has, Layout, Operands, Problem, Want
-from ..replay import Grads
-from ..scores import refuse_infinite
-from ..taps import Tapped
-from ..tiles import panel_of
-from .cpu_taps import Pooled, Told, batched
+from ...dtypes import name_of
+from ...layouts import empty_like, fill_padding, frames
+from ...masks import Dense, Mask
+from ...plan import BackendRefused, Plan
+from ...problem import Has, Layout, Operands, Problem, Want
+from ...replay import Grads
+from ...scores import refuse_infinite
+from ...taps import Tapped
+from ...tiles import panel_of
+from .taps import Pooled, Told, batched
 
 FAR = 2**60  # a band so far off hides, or shows, everything that exists
 SPAN_ROWS = 4096  # query rows whose mask is evaluated together
@@ -45,7 +45,7 @@ class NativeCoreMissing(RuntimeWarning):
 def load() -> tuple[ModuleType | None, str]:
     """The extension module and '', or None and why not."""
     try:
-        return import_module(".._core", __package__), ""
+        return import_module("..._core", __package__), ""
     except ImportError as error:
         if os.environ.get("TILEFOLD_BACKEND") == "native":
             raise ImportError(

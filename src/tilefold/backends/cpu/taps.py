@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..layouts import Frame, frames
-from ..problem import Operands, Problem
-from ..taps import Cells, Distance, Entropy, Keys, KeyTap, Map, Mass, Peak, RowTap, Tapped, Top, region_spans
+from ...layouts import Frame, frames
+from ...problem import Operands, Problem
+from ...taps import Cells, Distance, Entropy, Keys, KeyTap, Map, Mass, Peak, RowTap, Tapped, Top, region_spans
 
 LIST_STEP = 16  # lists are whole steps of so many
 AT_ONCE = 8  # pools of a kind that the core has room for
