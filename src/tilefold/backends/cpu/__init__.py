@@ -114,18 +114,20 @@ class NativeBackend:
             x.out[...] = out
         return max((used for used, _ in reports), default=0)
 
-    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> None:
+    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> int:
         p = plan.problem
         assert x.lse is not None
         run, whose = running(plan).tap, team()
         q, k, _, _, lse, bias, cells, alibi, _, q_ends, kv_ends = _arrays(p, x, x.q, x.lse)
         scale = None if x.k_scale is None else _as_core_reads(x.k_scale)
         arrays = (q, k, lse, bias, cells, alibi, q_ends, kv_ends, x.table, scale)
+        used = 0
         for some in batched(taps):
             pools = Pooled(CORE, p, x, some)
             for part in _parts(plan, x, None):
-                run(*arrays, *part, whose, pools.core)
+                used = max(used, run(*arrays, *part, whose, pools.core))
             x.seen.update(pools.finished())
+        return used
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         p, acc = plan.problem, plan.problem.accumulate
