@@ -71,33 +71,54 @@ struct Statistics {
 
     // ---- a block of scores s[keys][N], of keys j0 … ----
 
-    // The highest scores of each row. Of equal ones the first is kept.
+    // The highest scores of each row. Of equal ones the first is kept. Few keys are above a row's bar, and no
+    // processor foresees which: so first those groups of keys that hold one are noted, without a branch; then
+    // the finds of each group, a word for each vector of rows.
     void list_highest(const Call& c, const Unit& u, int64_t rows, const E* s, int64_t j0,
                       int64_t keys) const {
+        static_assert(AHEAD * W <= 64);
         if (!c.taps.top) return;
-        for (int64_t j = 0; j < keys; j += AHEAD, s += AHEAD * N) {
+        int16_t groups[SEGMENT / AHEAD];
+        int count = 0;
+        Vec<E> bars[NR];
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { bars[i] = load(bar + i * W); });
+        for (int64_t j = 0; j < keys; j += AHEAD) {
             Mask<E> found{};
             const int64_t n = least(AHEAD, keys - j);
             each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                Vec<E> highest = load(s + i * W);
-                for (int64_t k = 1; k < n; k++) highest = max(load(s + k * N + i * W), highest);
-                found |= highest > load(bar + i * W);
+                const E* const x = s + j * N + i * W;
+                Vec<E> highest = load(x);
+                if (__builtin_expect(n == AHEAD, 1))
+                    each<AHEAD - 1>([&](auto k)
+                                        TILEFOLD_LAMBDA { highest = max(load(x + (k + 1) * N), highest); });
+                else
+                    for (int64_t k = 1; k < n; k++) highest = max(load(x + k * N), highest);
+                found |= highest > bars[i];
             });
-            if (!any(found)) continue;
-            // All bars are looked at before one is raised: a vector that was just written to in part is slow
-            // to read. One word holds the finds of a vector in all these keys: each loop ends in a guess.
-            static_assert(AHEAD * W <= 64);
-            uint64_t word[NR];
+            groups[count] = int16_t(j);
+            count += any(found);
+        }
+        const bool many = count * AHEAD * 4 > keys;  // then bars rise on the way
+        for (int g = 0; g < count; g++) {
+            const int64_t j = groups[g], n = least(AHEAD, keys - j);
+            struct {
+                uint64_t word;
+                int64_t first;
+            } finds[NR + 1];
+            int some = 0;
             each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                word[i] = 0;
+                if (many) bars[i] = load(bar + i * W);
+                uint64_t word = 0;
                 for (int64_t k = 0; k < n; k++)
-                    word[i] |= uint64_t(bits_of(load(s + k * N + i * W) > load(bar + i * W))) << (k * W);
+                    word |= uint64_t(bits_of(load(s + (j + k) * N + i * W) > bars[i])) << (k * W);
+                finds[some] = {word, i * W};
+                some += word != 0;
             });
-            for (int i = 0; i < NR; i++)
-                for (uint64_t left = word[i]; left; left &= left - 1) {
-                    const int64_t at = __builtin_ctzll(left), k = at / W, r = i * W + at % W;
+            for (int f = 0; f < some; f++)
+                for (uint64_t left = finds[f].word; left; left &= left - 1) {
+                    const int64_t at = __builtin_ctzll(left), k = j + at / W, r = finds[f].first + at % W;
                     const E x = s[k * N + r];
-                    if (r < rows && x > bar[r]) insert(c, u, r, x, j0 + j + k);
+                    if (r < rows && x > bar[r]) insert(c, u, r, x, j0 + k);
                 }
         }
     }
