@@ -5,8 +5,8 @@ was seen in a file. Plotly and matplotlib are imported only when something is dr
 """
 
 from .ask import statistics
-from .files import load, save
 from .figure import picture
+from .files import load, save
 from .page import page, write
 
 __all__ = ["load", "page", "picture", "save", "statistics", "write"]

@@ -27,12 +27,12 @@ def _path(t: np.ndarray) -> np.ndarray:
 
 def to_srgb(lab: np.ndarray) -> np.ndarray:
     """Oklab (n, 3) as sRGB from 0 to 1, not yet clipped."""
-    l, m, s = (lab @ np.array([[1, 1, 1], [0.3963377774, -0.1055613458, -0.0894841775],
+    long, medium, short = (lab @ np.array([[1, 1, 1], [0.3963377774, -0.1055613458, -0.0894841775],
                                [0.2158037573, -0.0638541728, -1.2914855480]])).T ** 3  # fmt: skip
     linear = np.stack([
-        4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s,
-        -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
-        -0.0041960863 * l - 0.7034186147 * m + 1.7076147010 * s,
+        4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
+        -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
+        -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
     ], axis=1)  # fmt: skip
     low = np.maximum(linear, 0)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * low ** (1 / 2.4) - 0.055)

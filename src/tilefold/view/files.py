@@ -1,4 +1,4 @@
-"""What was seen, in a file: an .npz with one array per statistic, `layer/statistic`, lists as `topk.weights` and `.keys`.
+"""What was seen, in a file: an .npz with one array per statistic, `layer/statistic`, a list as two of them.
 
 Numbers come back as NumPy arrays with the bits that they had; whatever can read .npz can read them.
 """

@@ -32,6 +32,7 @@ class Layer:
             coarse ones first; `top`: weights and keys (sequences, heads, q_len, k), or None.
         skipped: what is not shown, a sentence each.
         guessed: whether nothing tells how many keys there are.
+        ends: queries and keys of each sequence; below q_len and kv_len where a batch is padded.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Layer:
     q_len: int = 0
     kv_len: int = 0
     guessed: bool = False
+    ends: list[tuple[int, int]] = field(default_factory=list)
 
     def arrays(self) -> list[np.ndarray]:
         """Everything there is, row and key statistics first."""
@@ -52,11 +54,16 @@ class Layer:
         return [*self.rows.values(), *self.keys.values(), *lists, *self.maps]
 
     def live(self) -> np.ndarray | None:
-        """Which rows see a key (sequences, heads, q_len), where a statistic can tell."""
+        """Which rows see a key (sequences, heads, q_len), where a statistic or a length can tell."""
         if self.top is not None:
             return np.asarray(self.top.keys[..., 0] >= 0)
         peak = next((x for name, x in self.rows.items() if is_a(name, ("max_logit",))), None)
-        return None if peak is None else np.asarray(~np.isneginf(peak))
+        if peak is not None:
+            return np.asarray(~np.isneginf(peak))
+        if all(queries == self.q_len for queries, _ in self.ends):
+            return None
+        within = np.arange(self.q_len) < np.array(self.ends)[:, None, :1]
+        return np.broadcast_to(within, (self.sequences, self.heads, self.q_len))
 
 
 def is_a(name: str, kinds: Sequence[str]) -> bool:
@@ -69,13 +76,36 @@ def unit(name: str) -> str:
     return next((unit for kind, unit in UNITS.items() if is_a(name, (kind,))), "")
 
 
-def layers(seen: Any) -> list[Layer]:
+def layers(seen: Any, q_lengths: Any = None, kv_lengths: Any = None) -> list[Layer]:
     """The layers of what was seen; TypeError or ValueError where it is nothing that can be shown."""
     found = [_layer(name, one) for name, one in each(seen)]
     if not any(layer.arrays() for layer in found):
         skipped = " ".join(sentence for layer in found for sentence in layer.skipped)
         raise ValueError(f"seen holds no statistic that can be shown; {skipped or 'it is empty'}".rstrip("."))
+    for layer in found:
+        sizes = layer.q_len, layer.kv_len
+        lengths = [
+            _lengths(layer, name, given, size)
+            for name, given, size in zip(
+                ("q_lengths", "kv_lengths"), (q_lengths, kv_lengths), sizes, strict=True
+            )
+        ]
+        layer.ends = list(zip(*lengths, strict=True))
     return found
+
+
+def _lengths(layer: Layer, name: str, given: Any, size: int) -> list[int]:
+    """How long each sequence of a layer is."""
+    if given is None:
+        return [size] * layer.sequences
+    ends = np.asarray(given)
+    if ends.dtype.kind not in "iu" or ends.ndim > 1 or ends.size not in (1, layer.sequences):
+        raise ValueError(
+            f"{name} must be integers, one for each of {layer.sequences} sequences, got {given!r}"
+        )
+    if ends.min() < 0 or ends.max() > size:
+        raise ValueError(f"{name} must be 0 to {size}, got {given!r}")
+    return [int(n) for n in np.broadcast_to(ends.reshape(-1), (layer.sequences,))]
 
 
 def each(seen: Any) -> Iterator[tuple[str, Seen]]:
@@ -197,6 +227,7 @@ def named_tokens(tokens: Any, found: Sequence[Layer]) -> list[list[str]] | None:
                 f"tokens are of {len(lists)} sequences, layer {layer.name!r} has {layer.sequences}"
             )
         if not layer.keys:
+            layer.ends = [(q, longest if k == layer.kv_len else k) for q, k in layer.ends]
             layer.kv_len, layer.guessed = longest, False
     return lists
 

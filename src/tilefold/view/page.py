@@ -31,7 +31,10 @@ SCRIPTS = ("data.js", "heads.js", "map.js", "tokens.js", "profile.js", "table.js
 WHOLE = "from tilefold.view import statistics, then tilefold.probe(q, k, *statistics(q_len, kv_len), ...)"
 
 
-def page(seen: Any, *, tokens: Any = None, title: str | None = None, limit: int = LIMIT) -> str:
+def page(
+    seen: Any, *, tokens: Any = None, title: str | None = None, q_lengths: Any = None, kv_lengths: Any = None,
+    limit: int = LIMIT,
+) -> str:  # fmt: skip
     """What was seen as one HTML page, a text.
 
     Args:
@@ -39,6 +42,7 @@ def page(seen: Any, *, tokens: Any = None, title: str | None = None, limit: int 
             heads (``heads="each"``) or groups; what is missing is not shown, and the page says what to ask for.
         tokens: one string per key, or a list of such per sequence.
         title: its heading.
+        q_lengths, kv_lengths: those that the call was given, where sequences were padded.
         limit: bytes of numbers that a page may hold; the finest maps that go beyond are left out, and the page says so.
 
     Raises:
@@ -53,7 +57,7 @@ def page(seen: Any, *, tokens: Any = None, title: str | None = None, limit: int 
     """
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title must be a string, got {type(title).__name__}")
-    found = layers(seen)
+    found = layers(seen, q_lengths, kv_lengths)
     words = named_tokens(tokens, found)
     notes = _within(found, limit) + _missing(found)
     numbers, block = table(found), _Block()
@@ -88,10 +92,10 @@ def write(
     text = page(seen, tokens=tokens, title=title, **how).encode()
     if path is None:
         path = Path(tempfile.mkdtemp(prefix="tilefold-")) / "view.html"
-    path = complete(Path(path), lambda file: file.write(text))
+    place = complete(Path(path), lambda file: file.write(text))
     if show:
-        webbrowser.open(path.resolve().as_uri())
-    return path
+        webbrowser.open(place.resolve().as_uri())
+    return place
 
 
 class _Block:
@@ -120,6 +124,7 @@ class _Block:
             "heads": layer.heads,
             "queries": layer.q_len,
             "keys": layer.kv_len,
+            "ends": layer.ends,
             "rows": {name: {"at": self.place(x), "unit": unit(name)} for name, x in layer.rows.items()},
             "columns": {name: {"at": self.place(x), "unit": unit(name)} for name, x in layer.keys.items()},
             "top": top,
@@ -161,7 +166,9 @@ def _missing(found: Sequence[Layer]) -> list[str]:
     if wanted:
         notes.append(f"Not asked for: {', '.join(wanted)}. For all of it: {WHOLE}.")
     if any(layer.guessed for layer in found):
-        notes.append("How many keys there are is a guess, since key_mass() was not asked for and no tokens were given.")
+        notes.append(
+            "How many keys there are is a guess, since key_mass() was not asked for and no tokens were given."
+        )
     return notes
 
 
@@ -192,7 +199,9 @@ def _plain(x: Any) -> Any:
 
 def _markup(numbers: Table) -> str:
     """Head and body of the table of heads; the first columns name the head."""
-    heads = "".join(f'<th scope="col"><button type="button">{html.escape(h)}</button></th>' for h in numbers.header)
+    heads = "".join(
+        f'<th scope="col"><button type="button">{html.escape(h)}</button></th>' for h in numbers.header
+    )
     lines = []
     for line in numbers.lines:
         cells = "".join(f"<td>{html.escape(_short(x))}</td>" for x in line[1:])

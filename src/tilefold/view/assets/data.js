@@ -9,6 +9,8 @@ let floats, integers;
 const state = { layer: 0, head: 0, sequence: 0, query: 0, first: 0, view: null, cell: null, dark: false };
 
 const layer = () => model.layers[state.layer];
+// Queries and keys of the chosen sequence: fewer than the arrays hold where a batch is padded.
+const own = () => { const [queries, keys] = layer().ends[state.sequence]; return { queries, keys }; };
 const nameOf = (l) => model.layers[l].name || "layer";
 
 async function unpacked(id) {
@@ -56,8 +58,8 @@ const quoted = (key) => { const token = tokenAt(key); return token === null ? ""
 const visible = (token) => token.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 // The last query stands at the last key.
-const keyOfQuery = (i) => i + layer().keys - layer().queries;
-const queryOfKey = (j) => j - layer().keys + layer().queries;
+const keyOfQuery = (i) => i + own().keys - own().queries;
+const queryOfKey = (j) => j - own().keys + own().queries;
 
 // Little weight is what the page is closest to: on dark the ramp runs backwards.
 const colours = () => (state.dark ? model.ramp.toReversed() : model.ramp);

@@ -31,7 +31,7 @@ function drawHeads() {
   const names = model.layers.map((l, i) => (l.name || (count === 1 ? "" : String(i))));
   const longest = Math.max(...names.map((n) => n.length));
   const left = Math.min(150, 16 + 6.6 * longest);
-  const fits = names.map((n) => (n.length > 20 ? `…${n.slice(-19)}` : n));
+  const fits = names.map((n) => escaped(n.length > 20 ? `…${n.slice(-19)}` : n));
   const step = Math.ceil(count / 40);
   Plotly.react(plotOf("heads"), [{
     type: "heatmap", z, zmin: low, zmax: high > low ? high : low + 1, colorscale: colorscale(), showscale: false, xgap: 1.5, ygap: 1.5,

@@ -20,15 +20,13 @@ function applyTheme() {
 
 // Another layer, head or sequence; of the map the same part stays in view where the lengths allow.
 function choose(what) {
-  const before = layer();
+  const before = [own().keys, own().queries, layer().maps.length].join();
   const within = (x, n) => Math.max(0, Math.min(Number(x), n - 1));
   state.layer = within(what.layer ?? state.layer, model.layers.length);
   state.head = within(what.head ?? state.head, layer().heads);
   state.sequence = within(what.sequence ?? state.sequence, layer().sequences);
-  if (before.keys !== layer().keys || before.queries !== layer().queries || before.maps.length !== layer().maps.length) {
-    state.view = state.cell = null;
-  }
-  state.query = within(state.query, layer().queries);
+  if (before !== [own().keys, own().queries, layer().maps.length].join()) state.view = state.cell = null;
+  state.query = within(state.query, own().queries);
   selects();
   drawAll();
 }
@@ -39,7 +37,7 @@ function selects() {
   options(byId("sequence"), Array.from({ length: layer().sequences }, (_, i) => [i, String(i)]), state.sequence);
   byId("layer").parentElement.hidden = model.layers.length === 1;
   byId("sequence-label").hidden = layer().sequences === 1;
-  byId("chosen").textContent = `${layer().queries.toLocaleString("en")} queries on ${layer().keys.toLocaleString("en")} keys`;
+  byId("chosen").textContent = `${own().queries.toLocaleString("en")} queries on ${own().keys.toLocaleString("en")} keys`;
 }
 
 async function start() {

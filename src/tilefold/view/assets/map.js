@@ -3,13 +3,15 @@
 const ENOUGH = 100; // bins along the longer side, below which a finer map is taken
 const LEAST = 4; // cells a side of the smallest part
 const DECADES = 4; // that a logarithmic scale shows below its largest number
-const MARGIN = { l: 66, r: 10, t: 6, b: 44 };
+const MARGIN = { l: 84, r: 10, t: 6, b: 62 };
+const NAMED = 40; // cells a side, up to which they are named by their tokens
 let drawn = null;
 
-const whole = () => ({ x0: 0, x1: layer().keys, y0: 0, y1: layer().queries });
+const whole = () => ({ x0: 0, x1: own().keys, y0: 0, y1: own().queries });
 
 function levelFor(view) {
-  const { maps, keys, queries } = layer();
+  const { maps } = layer();
+  const { keys, queries } = own();
   const level = maps.findIndex((m) =>
     Math.max((m.cols * (view.x1 - view.x0)) / keys, (m.rows * (view.y1 - view.y0)) / queries) >= ENOUGH);
   return level < 0 ? maps.length - 1 : level;
@@ -23,14 +25,14 @@ function binsWithin(at, from, to) {
 }
 
 function drawMap() {
-  const shown = layer().maps.length > 0;
+  const shown = layer().maps.length > 0 && own().keys > 0 && own().queries > 0;
   byId("map-card").hidden = !shown;
   if (!shown) return;
   const view = (state.view ??= whole());
   const level = levelFor(view);
   const map = layer().maps[level];
   const all = ofHead(floats, map.at, map.rows * map.cols);
-  const [xs, ys] = [edges(map.cols, layer().keys), edges(map.rows, layer().queries)];
+  const [xs, ys] = [edges(map.cols, own().keys), edges(map.rows, own().queries)];
   const [cols, rows] = [binsWithin(xs, view.x0, view.x1), binsWithin(ys, view.y0, view.y1)];
   const log = byId("scale").value === "log";
   const high = all.reduce((a, b) => (b > a ? b : a), 0);
@@ -46,8 +48,8 @@ function drawMap() {
     colorscale: colorscale(), showscale: false, hoverinfo: "none", hoverongaps: true, zsmooth: false,
   }], baseLayout({
     height: Math.round(Math.min(760, Math.max(380, wide * 0.86))), margin: MARGIN, dragmode: "zoom",
-    xaxis: axis({ title: { text: "key", standoff: 8 }, range: [view.x0, view.x1], tickformat: ",d", nticks: 9, showline: true, mirror: true }),
-    yaxis: axis({ title: { text: "query", standoff: 6 }, range: [view.y1, view.y0], tickformat: ",d", nticks: 9, showline: true, mirror: true }),
+    xaxis: axis({ title: { text: "key", standoff: 8 }, range: [view.x0, view.x1], ...ticks(view.x0, view.x1, (j) => j), tickangle: names(view.x0, view.x1) ? -90 : 0 }),
+    yaxis: axis({ title: { text: "query", standoff: 6 }, range: [view.y1, view.y0], ...ticks(view.y0, view.y1, keyOfQuery) }),
     shapes: cursor(),
   }), config);
   legend("map-legend", low, high, `pooled weight${log ? ", logarithmic" : ""}`);
@@ -58,6 +60,20 @@ function drawMap() {
   drawLargest();
 }
 
+const names = (a, b) => model.tokens !== null && b - a <= NAMED;
+
+// Few cells are named by their tokens, many are counted.
+function ticks(a, b, keyOf) {
+  const frame = { showline: true, mirror: true };
+  if (!names(a, b)) return { ...frame, tickformat: ",d", nticks: 9 };
+  const cells = Array.from({ length: Math.ceil(b) - Math.floor(a) }, (_, i) => Math.floor(a) + i);
+  const cut = (word) => (word.length > 9 ? `${word.slice(0, 8)}…` : word);
+  return { ...frame, tickvals: cells.map((i) => i + 0.5), ticktext: cells.map((i) => escaped(cut(visible(tokenAt(keyOf(i)) ?? String(i))))), tickfont: { size: 10 } };
+}
+
+// Plotly reads its labels as markup.
+const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+
 function cursor() {
   if (!state.cell) return [];
   const { r, c } = state.cell;
@@ -65,7 +81,8 @@ function cursor() {
   return [{ type: "rect", x0: xs[c], x1: xs[c + 1], y0: ys[r], y1: ys[r + 1], line: { color: css("--mark"), width: 2 } }];
 }
 
-const range = (what, a, b) => (b - a === 1 ? `${what} ${a}` : `${what.replace(/y$/, "ie")}s ${a}–${b - 1}`.replace("keies", "keys"));
+const MANY = { query: "queries", key: "keys" };
+const range = (what, a, b) => (b - a === 1 ? `${what} ${a}` : `${MANY[what]} ${a}–${b - 1}`);
 
 function cellWords(r, c) {
   const { xs, ys, all, map } = drawn;
@@ -89,8 +106,8 @@ function show(view) {
     return [from, from + span];
   };
   const place = state.cell && [drawn.xs[state.cell.c], drawn.ys[state.cell.r]];
-  const [x0, x1] = fit(view.x0, view.x1, layer().keys);
-  const [y0, y1] = fit(view.y0, view.y1, layer().queries);
+  const [x0, x1] = fit(view.x0, view.x1, own().keys);
+  const [y0, y1] = fit(view.y0, view.y1, own().queries);
   state.view = { x0, x1, y0, y1 };
   state.cell = null;
   drawMap();

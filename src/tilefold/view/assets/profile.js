@@ -6,7 +6,7 @@ function along() {
   const [kind, name] = byId("along").value.split(/:(.*)/s);
   const source = kind === "rows" ? layer().rows : layer().columns;
   const length = kind === "rows" ? layer().queries : layer().keys;
-  return source[name] && { kind, name, unit: source[name].unit, numbers: ofHead(floats, source[name].at, length) };
+  return source[name] && { kind, name, unit: source[name].unit, numbers: ofHead(floats, source[name].at, length).subarray(0, kind === "rows" ? own().queries : own().keys) };
 }
 
 function drawProfile() {

@@ -8,7 +8,7 @@ function paint() {
 }
 
 function drawTokens() {
-  const { keys } = layer();
+  const { keys } = own();
   const names = Object.keys(layer().columns);
   if (names.join() !== [...byId("paint").options].map((o) => o.value).join()) options(byId("paint"), names.map((n) => [n, n]), names[0]);
   byId("paint-label").hidden = !names.length;
@@ -51,7 +51,7 @@ function tokenElement(key) {
 // What a query looks at: the list, and the keys among the tokens.
 function looks(i) {
   const { top, queries } = layer();
-  if (!top || i < 0 || i >= queries) return [];
+  if (!top || i < 0 || i >= own().queries) return [];
   const [weights, keys] = [ofHead(floats, top.weights, queries * top.k), ofHead(integers, top.keys, queries * top.k)];
   const found = [];
   for (let n = i * top.k; n < (i + 1) * top.k; n++) if (keys[n] >= 0) found.push({ key: keys[n], weight: weights[n] });
@@ -59,7 +59,8 @@ function looks(i) {
 }
 
 function drawLooks(i = state.query) {
-  const { top, queries } = layer();
+  const { top } = layer();
+  const { queries } = own();
   byId("looks").hidden = !top;
   byId("query").max = queries - 1;
   if (document.activeElement !== byId("query")) byId("query").value = i;
@@ -92,7 +93,7 @@ function drawLooks(i = state.query) {
 
 // A query was chosen; with `far` its token is brought into what is shown.
 function ask(i, far = false) {
-  state.query = Math.max(0, Math.min(i, layer().queries - 1));
+  state.query = Math.max(0, Math.min(i, own().queries - 1));
   const key = keyOfQuery(state.query);
   if (far && (key < state.first || key >= state.first + MOST)) {
     state.first = Math.max(0, key - MOST / 2);
@@ -108,8 +109,8 @@ function looksWords(i) {
 function tokenKey(e) {
   const at = Number(document.activeElement?.dataset.key ?? state.first);
   const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: state.first,
-    End: Math.min(layer().keys, state.first + MOST) - 1 }[e.key];
-  if (to === undefined || to < 0 || to >= layer().keys) return;
+    End: Math.min(own().keys, state.first + MOST) - 1 }[e.key];
+  if (to === undefined || to < 0 || to >= own().keys) return;
   e.preventDefault();
   if (to < state.first || to >= state.first + MOST) {
     state.first = to < state.first ? Math.max(0, to - MOST + 1) : to;
@@ -128,7 +129,7 @@ function startTokens() {
   tokens.addEventListener("focusin", (e) => {
     if (e.target.dataset.key === undefined) return;
     const i = queryOfKey(Number(e.target.dataset.key));
-    if (i >= 0 && i < layer().queries) ask(i);
+    if (i >= 0 && i < own().queries) ask(i);
     else drawLooks(i);
     say(looksWords(i));
   });
