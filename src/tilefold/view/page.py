@@ -210,7 +210,10 @@ def _markup(numbers: Table) -> str:
 
 
 def _short(x: Any) -> str:
-    return "–" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
+    """Four digits; data.js writes numbers alike."""
+    if not isinstance(x, float):
+        return "–" if x is None else str(x)
+    return f"{x:.0f}" if 1e4 <= abs(x) < 1e9 else re.sub(r"(e[+-])0", r"\1", f"{x:.4g}")
 
 
 def _packed(data: bytes) -> str:

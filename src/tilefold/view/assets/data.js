@@ -40,11 +40,13 @@ function ofHead(source, at, size) {
 // Where each bin of an axis begins, and the last one ends.
 const edges = (bins, length) => Array.from({ length: bins + 1 }, (_, i) => Math.floor((i * length) / bins));
 
+// Four digits, as the table that stands in the page has them.
 function short(x) {
   if (x === null || x === undefined) return "–";
   if (typeof x === "string" || Number.isInteger(x)) return String(x);
   const size = Math.abs(x);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return x.toExponential(2);
+  if (size >= 1e4 && size < 1e9) return x.toFixed(0);
+  if (size !== 0 && (size < 1e-4 || size >= 1e9)) return x.toExponential(3).replace(/\.?0+e/, "e");
   return String(Number(x.toPrecision(4)));
 }
 
@@ -68,6 +70,13 @@ const colorscale = () => colours().map((c, i, all) => [i / (all.length - 1), c])
 function colourAt(share) {
   const all = colours();
   return all[Math.round(Math.min(Math.max(share, 0), 1) * (all.length - 1))];
+}
+
+// Black or white, whichever stands out more (WCAG 2.2, relative luminance): at least 4.5 to 1 on any colour.
+function inkOn(colour) {
+  const [r, g, b] = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16) / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
 }
 
 function legend(id, low, high, words) {

@@ -16,7 +16,8 @@ function drawProfile() {
   if (names.map(([v]) => v).join() !== [...select.options].map((o) => o.value).join()) options(select, names, select.value);
   byId("profile-card").hidden = !names.length;
   const line = along();
-  if (!line) return;
+  byId("profile-card").hidden = !line?.numbers.length;
+  if (!line?.numbers.length) return;
   const what = line.kind === "rows" ? "query" : "key";
   const words = `${line.name}${line.unit ? `, ${line.unit}` : ""}`;
   Plotly.react(plotOf("profile"), [{

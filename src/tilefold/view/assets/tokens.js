@@ -28,7 +28,7 @@ function drawTokens() {
     if (given) {
       const share = high > 0 ? Math.sqrt(given.numbers[j] / high) : 0; // areas, so to speak: small masses stay apart
       element.style.background = colourAt(share);
-      element.style.color = state.dark === share < 0.55 ? "#ffffff" : "#10131a";
+      element.style.color = inkOn(colourAt(share));
       if (share < 0.08) element.className = "pale";
       element.setAttribute("aria-label", `key ${j}${quoted(j)}, ${given.name} ${short(given.numbers[j])}`);
     }
@@ -68,10 +68,10 @@ function drawLooks(i = state.query) {
     element.classList.remove("hit");
     element.setAttribute("aria-selected", "false");
   }
-  const own = tokenElement(keyOfQuery(i));
-  own?.setAttribute("aria-selected", "true");
+  const token = tokenElement(keyOfQuery(i));
+  token?.setAttribute("aria-selected", "true");
   for (const element of byId("tokens").children) element.tabIndex = -1;
-  (own ?? byId("tokens").firstElementChild)?.setAttribute("tabindex", "0");
+  (token ?? byId("tokens").firstElementChild)?.setAttribute("tabindex", "0");
   if (!top) return;
   const found = looks(i);
   const lines = found.map(({ key, weight }) => {
