@@ -137,7 +137,7 @@ def _scale(numbers: np.ndarray) -> Any:
     there = numbers[numbers > 0]
     high = float(there.max(initial=1e-30))
     low = max(float(there.min(initial=high)), high * 10**-DECADES)
-    return LogNorm(low, high if high > low else 2 * low, clip=True)
+    return LogNorm(low if low < high else high * 10**-DECADES, high, clip=True)
 
 
 def _draw_map(axes: Any, ends: tuple[int, int], numbers: np.ndarray, norm: Any) -> Any:

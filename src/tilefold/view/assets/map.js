@@ -37,14 +37,15 @@ function drawMap() {
   const log = byId("scale").value === "log";
   const high = all.reduce((a, b) => (b > a ? b : a), 0);
   const least = all.reduce((a, b) => (b > 0 && b < a ? b : a), Infinity);
-  const low = log ? Math.max(least === Infinity ? 1e-4 : least, high * 10 ** -DECADES) : 0;
+  const lowest = high * 10 ** -DECADES || 1e-4;
+  const low = !log ? 0 : least < high ? Math.max(least, lowest) : lowest;
   const drawnAs = log ? (x) => Math.log10(Math.max(x, low)) : (x) => x;
   const z = rows.map((r) => cols.map((c) => { const x = all[r * map.cols + c]; return x > 0 ? drawnAs(x) : null; }));
   drawn = { map, all, xs, ys, cols, rows, level };
   const bound = (at, bins) => [...bins.map((i) => at[i]), at[bins.at(-1) + 1]];
   const wide = plotOf("map").clientWidth || 700;
   Plotly.react(plotOf("map"), [{
-    type: "heatmap", z, x: bound(xs, cols), y: bound(ys, rows), zmin: drawnAs(low), zmax: high > low ? drawnAs(high) : drawnAs(low) + 1,
+    type: "heatmap", z, x: bound(xs, cols), y: bound(ys, rows), zmin: drawnAs(low), zmax: drawnAs(high || 1),
     colorscale: colorscale(), showscale: false, hoverinfo: "none", hoverongaps: true, zsmooth: false,
   }], baseLayout({
     height: Math.round(Math.min(760, Math.max(380, wide * 0.86))), margin: MARGIN, dragmode: "zoom",
