@@ -53,9 +53,9 @@ function drawMap() {
     yaxis: axis({ title: { text: "query", standoff: 6 }, range: [view.y1, view.y0], ...ticks(view.y0, view.y1, keyOfQuery) }),
     shapes: cursor(),
   }), config);
-  legend("map-legend", low, high, `pooled weight${log ? ", logarithmic" : ""}`);
   const size = (at, bins) => Math.max(...bins.map((i) => at[i + 1] - at[i]));
   const [tall, broad] = [size(ys, rows), size(xs, cols)];
+  legend("map-legend", low, high, `${tall * broad === 1 ? "" : "pooled "}weight${log ? ", logarithmic" : ""}`);
   byId("level").textContent = `${tall * broad === 1 ? "single cells" : `bins of ${tall} × ${broad} cells`}; ` +
     `map ${level + 1} of ${layer().maps.length} (${map.rows} × ${map.cols})`;
   drawLargest();
@@ -104,7 +104,7 @@ function show(view) {
   const fit = (a, b, length) => {
     const span = Math.min(Math.max(b - a, Math.min(LEAST, length)), length);
     const from = Math.min(Math.max((a + b - span) / 2, 0), length - span);
-    return [from, from + span];
+    return span > NAMED ? [from, from + span] : [Math.round(from), Math.round(from) + Math.round(span)]; // few cells: whole ones
   };
   const place = state.cell && [drawn.xs[state.cell.c], drawn.ys[state.cell.r]];
   const [x0, x1] = fit(view.x0, view.x1, own().keys);
