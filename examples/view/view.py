@@ -68,8 +68,10 @@ if __name__ == "__main__":
     parser.add_argument("--html", type=Path, default=Path("view.html"), help="where the page goes")
     parser.add_argument("--svg", type=Path, help="where a figure of all layers and heads goes")
     parser.add_argument("--screenshot", type=Path, help="where a picture of the page goes; needs playwright")
+    parser.add_argument("--quick", action="store_true", help="read the first sentence only")
     given = parser.parse_args()
-    seen, tokens = read(given.text.read_text() if given.text else TEXT)
+    text = given.text.read_text() if given.text else TEXT
+    seen, tokens = read(text.partition(".")[0] if given.quick else text)
     print(write(seen, given.html, tokens=tokens, title="What SmolLM2 looks at"))
     if given.svg:
         print(picture(seen, given.svg))

@@ -88,7 +88,7 @@ def _matplotlib() -> Any:
     except ModuleNotFoundError as error:
         from .page import NEEDS
 
-        raise ModuleNotFoundError(NEEDS.format("the picture", "matplotlib"), name=error.name) from None
+        raise ModuleNotFoundError(NEEDS.format("the picture", "matplotlib"), name=error.name) from error
     return matplotlib
 
 

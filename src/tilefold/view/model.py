@@ -143,7 +143,9 @@ def _layer(name: str, seen: Seen) -> Layer:
         kind = statistic.partition(".")[0]
         if isinstance(found, TopK) and layer.top is None:
             layer.top = found
-        elif not isinstance(found, np.ndarray) or found.dtype.kind != "f":
+        elif (
+            not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.ndim < 1 + is_a(kind, MAPS)
+        ):
             layer.skipped.append(f"{statistic} is no array of numbers that a page knows.")
         elif is_a(kind, ROWS) or "." in statistic:
             layer.rows[statistic] = found

@@ -88,6 +88,13 @@ def write(
     """Write the page to `path`, else to a temporary file, and return where it is; `show` opens it in a browser.
 
     Arguments and errors are those of `page`.
+
+    >>> import numpy as np, tempfile, tilefold as tf
+    >>> from tilefold.view import statistics, write
+    >>> q, k = np.random.default_rng(0).normal(size=(2, 4, 100, 16))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(write(tf.probe(q, k, *statistics(100, 100)), folder + "/noise.html").name)
+    noise.html
     """
     text = page(seen, tokens=tokens, title=title, **how).encode()
     if path is None:
@@ -228,6 +235,6 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(NEEDS.format("the page", "Plotly"), name=error.name) from None
+        raise ModuleNotFoundError(NEEDS.format("the page", "Plotly"), name=error.name) from error
     program: str = get_plotlyjs()
     return program

@@ -26,7 +26,7 @@ function drawProfile() {
   }], baseLayout({
     height: 250, margin: { l: 58, r: 8, t: 8, b: 42 }, dragmode: false, hovermode: "x",
     xaxis: axis({ title: { text: what, standoff: 6 }, fixedrange: true, tickformat: ",d", nticks: 7 }),
-    yaxis: axis({ title: { text: words, standoff: 6 }, fixedrange: true, rangemode: "tozero", showgrid: true, gridcolor: css("--line"), nticks: 6 }),
+    yaxis: axis({ title: { text: escaped(words), standoff: 6 }, fixedrange: true, rangemode: "tozero", showgrid: true, gridcolor: css("--line"), nticks: 6 }),
   }), config);
   const [least, most] = [line.numbers.reduce((a, b) => Math.min(a, b)), line.numbers.reduce((a, b) => Math.max(a, b))];
   byId("profile").setAttribute("aria-label",

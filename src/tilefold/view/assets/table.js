@@ -38,8 +38,10 @@ function lineOf({ layer: l, sequence: s, head: h }) {
 }
 
 function drawTable() {
-  byId("numbers").querySelector(".chosen")?.classList.remove("chosen");
-  lines[lineOf(state)].classList.add("chosen");
+  for (const line of lines) {
+    line.classList.toggle("chosen", line === lines[lineOf(state)]);
+    line.setAttribute("aria-current", line === lines[lineOf(state)]);
+  }
 }
 
 function startTable() {
