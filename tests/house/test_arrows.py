@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 # From the ground up: a file imports only what stands before it. A folder stands for every file in it.
 ORDER = [
     *("frameworks", "dtypes", "problem", "layouts", "masks", "tiles"),
-    *("scores", "stats", "fold", "replay", "plan", "backends", "threads"),
-    *("arrays", "caches", "call", "shortcut", "api", "drop_in", "flash", "naive", "bench", "cli"),
+    *("scores", "stats", "fold", "replay", "taps", "plan", "backends", "threads"),
+    *("arrays", "caches", "call", "shortcut", "probes", "api", "drop_in", "flash", "naive", "bench", "view", "cli"),
 ]
 
 # Arrows that point up, each with its reason.
@@ -25,6 +25,7 @@ UP = {
     ("plan", "backends"): "choosing walks the table of backends",
     ("plan", "threads"): "a plan is for so many threads",
     ("arrays", "call"): "a framework's own door runs calls, and differentiates them",
+    ("probes", "view"): "what was seen shows itself, and keeps itself in a file",
     ("flash", "bench"): "benchmark_flash_attention is one of the founding names",
 }
 
@@ -39,8 +40,9 @@ OPTIONAL = {
         ARRAYS,
     ),
     **dict.fromkeys(
-        ("ml_dtypes", "matplotlib", "threadpoolctl", "psutil"), ("arrays/torch/", "bench/", "cli/")
+        ("ml_dtypes", "matplotlib", "threadpoolctl", "psutil"), ("arrays/torch/", "bench/", "view/", "cli/")
     ),
+    "plotly": ("view/",),
 }
 # Files that are themselves imported only when they are needed, inside functions: they import their package at the top.
 LAZY = ("arrays/torch/", "drop_in/")
