@@ -122,6 +122,8 @@ def test_what_cannot_be_shown_is_refused():
         page(Seen(entropy=np.zeros((1, 2)), max_weight=np.zeros((1, 3))))
     with pytest.raises(ValueError, match=r"has leading axes \(2, 4\), others have \(4,\)|leading axes"):
         page(Seen(entropy=np.zeros((4, 9)), map_2=np.zeros((2, 4, 2, 2))))
+    with pytest.raises(ValueError, match=r"there is no head to show, its leading axes are \(0, 4\)"):
+        page(Seen(entropy=np.zeros((0, 4, 9))))
     with pytest.raises(TypeError, match="tokens must be a list of strings, one per key, got str"):
         page(Seen(entropy=np.zeros((1, 2))), tokens="ab")
 

@@ -172,6 +172,8 @@ def _shape(layer: Layer) -> None:
     heads = max(shape[-1] if shape else 1 for shape in leads)
     batch = lead[:-1]
     layer.heads, layer.sequences = heads, int(np.prod(batch, dtype=int))
+    if not layer.heads * layer.sequences:
+        raise ValueError(f"layer {layer.name!r}: there is no head to show, its leading axes are {lead}")
 
     def fit(what: str, x: np.ndarray) -> np.ndarray:
         own = x.shape[: x.ndim - inner.get(id(x), 1)]

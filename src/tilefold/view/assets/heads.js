@@ -34,8 +34,8 @@ function drawHeads() {
   const fits = names.map((n) => escaped(n.length > 20 ? `…${n.slice(-19)}` : n));
   const step = Math.ceil(count / 40);
   Plotly.react(plotOf("heads"), [{
-    type: "heatmap", z, zmin: low, zmax: high > low ? high : low + 1, colorscale: colorscale(), showscale: false, xgap: 1.5, ygap: cell > 20 ? 1.5 : 0.5,
-    hoverinfo: "none",
+    type: "heatmap", z, zmin: low, zmax: high > low ? high : low + 1, colorscale: colorscale(), showscale: false,
+    xgap: 1.5, ygap: cell > 20 ? 1.5 : 0.5, hoverinfo: "none",
   }], baseLayout({
     height: 44 + cell * count, margin: { l: left, r: 8, t: 4, b: 40 }, dragmode: false,
     xaxis: axis({ title: { text: "head", standoff: 6 }, fixedrange: true, dtick: Math.ceil(z[0].length / 16), tick0: 0 }),

@@ -49,7 +49,10 @@ function drawMap() {
     colorscale: colorscale(), showscale: false, hoverinfo: "none", hoverongaps: true, zsmooth: false,
   }], baseLayout({
     height: Math.round(Math.min(760, Math.max(380, wide * 0.86))), margin: MARGIN, dragmode: "zoom",
-    xaxis: axis({ title: { text: "key", standoff: 8 }, range: [view.x0, view.x1], ...ticks(view.x0, view.x1, (j) => j), tickangle: names(view.x0, view.x1) ? -90 : 0 }),
+    xaxis: axis({
+      title: { text: "key", standoff: 8 }, range: [view.x0, view.x1], ...ticks(view.x0, view.x1, (j) => j),
+      tickangle: names(view.x0, view.x1) ? -90 : 0,
+    }),
     yaxis: axis({ title: { text: "query", standoff: 6 }, range: [view.y1, view.y0], ...ticks(view.y0, view.y1, keyOfQuery) }),
     shapes: cursor(),
   }), config);
@@ -69,7 +72,8 @@ function ticks(a, b, keyOf) {
   if (!names(a, b)) return { ...frame, tickformat: ",d", nticks: 9 };
   const cells = Array.from({ length: Math.ceil(b) - Math.floor(a) }, (_, i) => Math.floor(a) + i);
   const cut = (word) => (word.length > 9 ? `${word.slice(0, 8)}…` : word);
-  return { ...frame, tickvals: cells.map((i) => i + 0.5), ticktext: cells.map((i) => escaped(cut(visible(tokenAt(keyOf(i)) ?? String(i))))), tickfont: { size: 10 } };
+  const words = cells.map((i) => escaped(cut(visible(tokenAt(keyOf(i)) ?? String(i)))));
+  return { ...frame, tickvals: cells.map((i) => i + 0.5), ticktext: words, tickfont: { size: 10 } };
 }
 
 // Plotly reads its labels as markup.

@@ -6,7 +6,9 @@ function along() {
   const [kind, name] = byId("along").value.split(/:(.*)/s);
   const source = kind === "rows" ? layer().rows : layer().columns;
   const length = kind === "rows" ? layer().queries : layer().keys;
-  return source[name] && { kind, name, unit: source[name].unit, numbers: ofHead(floats, source[name].at, length).subarray(0, kind === "rows" ? own().queries : own().keys) };
+  if (!source[name]) return null;
+  const numbers = ofHead(floats, source[name].at, length).subarray(0, kind === "rows" ? own().queries : own().keys);
+  return { kind, name, unit: source[name].unit, numbers };
 }
 
 function drawProfile() {
@@ -26,7 +28,10 @@ function drawProfile() {
   }], baseLayout({
     height: 250, margin: { l: 58, r: 8, t: 8, b: 42 }, dragmode: false, hovermode: "x",
     xaxis: axis({ title: { text: what, standoff: 6 }, fixedrange: true, tickformat: ",d", nticks: 7 }),
-    yaxis: axis({ title: { text: escaped(words), standoff: 6 }, fixedrange: true, rangemode: "tozero", showgrid: true, gridcolor: css("--line"), nticks: 6 }),
+    yaxis: axis({
+      title: { text: escaped(words), standoff: 6 }, fixedrange: true, rangemode: "tozero", showgrid: true, gridcolor: css("--line"),
+      nticks: 6,
+    }),
   }), config);
   const [least, most] = [line.numbers.reduce((a, b) => Math.min(a, b)), line.numbers.reduce((a, b) => Math.max(a, b))];
   byId("profile").setAttribute("aria-label",
