@@ -1,6 +1,6 @@
 """The page in a real browser: it opens without a network, and what it shows are the numbers of the arrays.
 
-Every test begins on a page of its own, and ends with a look at what the page complained of and asked the network for.
+Each window ends with a look at what the page complained of and what it asked the network for.
 """
 
 import csv
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import numpy as np
@@ -23,6 +24,7 @@ if find_spec("plotly") is None and not os.environ.get("CI"):
 
 N, HEADS, NAMES = 500, 4, ("first", "second", "third")
 TOKENS = [f"w{i}" for i in range(N)]
+PATIENCE = 180_000  # milliseconds that a step may take on a busy machine
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -62,18 +64,19 @@ def browser():
     if path is None:
         required(f"there is no browser: none of {', '.join(BROWSERS)}")
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=PATIENCE)
         yield browser
         browser.close()
 
 
-@pytest.fixture
-def opened(browser):
-    """Open a file in a window that has no network; complaints and requests fail the test."""
+@contextmanager
+def windows(browser):
+    """Opens files in windows that have no network; complaints of a page and requests fail at the end."""
     contexts, complaints, asked = [], [], []
 
     def open_file(file, ready="html[data-ready]", **options):
         context = browser.new_context(offline=True, viewport={"width": 1300, "height": 900}, **options)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         tab = context.new_page()
         tab.on("console", lambda said: complaints.append(said.text))
@@ -88,6 +91,30 @@ def opened(browser):
         context.close()
     assert complaints == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens files, each in a window of its own."""
+    with windows(browser) as open_file:
+        yield open_file
+
+
+@pytest.fixture(scope="module")
+def window(browser, file):
+    with windows(browser) as open_file:
+        yield open_file(file)
+
+
+@pytest.fixture
+def tab(window):
+    """The page in a window that several tests share, brought back to how it opens."""
+    choose(window, NAMES[0], 0)
+    window.select_option("#measure", "entropy mean")
+    window.select_option("#scale", "log")
+    window.click("[data-do=all]")
+    window.fill("#query", "0")
+    return window
 
 
 def choose(tab, layer, head):
@@ -115,10 +142,10 @@ def view(tab):
 
 def wait_for(tab, came):
     """What the browser tells a page later than it was done. (The page's policy keeps Playwright's own way out.)"""
-    for _ in range(200):
+    for _ in range(PATIENCE // 50):
         if came():
             return
-        tab.wait_for_timeout(25)
+        tab.wait_for_timeout(50)
     pytest.fail("it did not come")
 
 
@@ -173,8 +200,7 @@ def test_a_request_would_be_seen(browser, tmp_path):
     assert "https://example.org/x.png" in asked
 
 
-def test_heads_are_compared_by_their_entropy(opened, file, seen):
-    tab = opened(file)
+def test_heads_are_compared_by_their_entropy(tab, seen):
     z = tab.evaluate("() => document.querySelector('#heads .plot').data[0].z")
     want = [[float(seen[name].entropy[h].astype(float).mean()) for h in range(HEADS)] for name in NAMES]
     assert z == want
@@ -183,8 +209,7 @@ def test_heads_are_compared_by_their_entropy(opened, file, seen):
     assert z == [[float(seen[name].max_logit[h].max()) for h in range(HEADS)] for name in NAMES]
 
 
-def test_a_head_is_chosen_by_a_click(opened, file):
-    tab = opened(file)
+def test_a_head_is_chosen_by_a_click(tab):
     box = tab.locator("#heads .nsewdrag").bounding_box()
     at = {"x": box["width"] * (2 + 0.5) / HEADS, "y": box["height"] * (1 + 0.5) / len(NAMES)}
     tab.locator("#heads .nsewdrag").click(position=at)
@@ -192,8 +217,7 @@ def test_a_head_is_chosen_by_a_click(opened, file):
     assert tab.input_value("#head") == "2"
 
 
-def test_pointing_at_a_token_shows_what_it_looks_at(opened, file, seen):
-    tab = opened(file)
+def test_pointing_at_a_token_shows_what_it_looks_at(tab, seen):
     choose(tab, "second", 3)
     for i in (0, 3, 77):
         tab.hover(f"#tokens [data-key='{i}']")
@@ -209,17 +233,15 @@ def test_pointing_at_a_token_shows_what_it_looks_at(opened, file, seen):
     assert f"key 77\nkey_mass {short(seen['second'].key_mass[3, 77])}" == tab.inner_text("#tip")
 
 
-def test_any_query_can_be_asked_for(opened, file, seen):
+def test_any_query_can_be_asked_for(tab, seen):
     """Those beyond the tokens that are shown, too."""
-    tab = opened(file)
     tab.fill("#query", "499")
     keys = [int(line[0]) for line in cells(tab, "#top tbody")]
     assert keys == seen["first"].topk.keys[0, 499].tolist()
     assert tab.locator("#tokens [data-key='499']").get_attribute("aria-selected") == "true"
 
 
-def test_tokens_are_coloured_by_key_mass(opened, file, seen):
-    tab = opened(file)
+def test_tokens_are_coloured_by_key_mass(tab, seen):
     mass = seen["first"].key_mass[0].astype(np.float64)
     place = np.rint(np.sqrt(mass / mass.max()) * (len(ramp()) - 1)).astype(int)
     shown = tab.locator("#tokens [role=option]").evaluate_all("(all) => all.map((e) => e.style.background)")
@@ -230,8 +252,7 @@ def test_tokens_are_coloured_by_key_mass(opened, file, seen):
     assert len(wrong) <= 2, "a place may round to either side"
 
 
-def test_pointing_at_the_map_names_the_bin(opened, file, seen):
-    tab = opened(file)
+def test_pointing_at_the_map_names_the_bin(tab, seen):
     choose(tab, "third", 1)
     box = tab.locator("#map .nsewdrag").bounding_box()
     r, c = 200, 40
@@ -244,8 +265,7 @@ def test_pointing_at_the_map_names_the_bin(opened, file, seen):
     assert words.endswith(f": {short(seen['third'].map_256[1, r, c])}")
 
 
-def test_zooming_refines_to_the_right_numbers(opened, file, seen):
-    tab = opened(file)
+def test_zooming_refines_to_the_right_numbers(tab, seen):
     tab.select_option("#scale", "linear")
     choose(tab, "second", 2)
     assert_shows(tab, seen["second"].map_256[2])
@@ -263,8 +283,7 @@ def test_zooming_refines_to_the_right_numbers(opened, file, seen):
     assert_shows(tab, seen["second"].map_256[2])
 
 
-def test_dragging_and_the_wheel_zoom(opened, file, seen):
-    tab = opened(file)
+def test_dragging_and_the_wheel_zoom(tab, seen):
     tab.select_option("#scale", "linear")
     box = tab.locator("#map .nsewdrag").bounding_box()
     x, y, w, h = (box[name] for name in ("x", "y", "width", "height"))
@@ -284,8 +303,7 @@ def test_dragging_and_the_wheel_zoom(opened, file, seen):
     assert_shows(tab, seen["first"].map_500[0])
 
 
-def test_a_logarithmic_map_shows_logarithms(opened, file, seen):
-    tab = opened(file)
+def test_a_logarithmic_map_shows_logarithms(tab, seen):
     z, _, _ = map_shown(tab)
     exact = seen["first"].map_256[0].astype(np.float64)
     low = max(exact[exact > 0].min(), exact.max() * 1e-4)
@@ -294,8 +312,7 @@ def test_a_logarithmic_map_shows_logarithms(opened, file, seen):
     assert np.nanmax(np.abs(z - want)) < 1e-12
 
 
-def test_the_line_is_the_statistic(opened, file, seen):
-    tab = opened(file)
+def test_the_line_is_the_statistic(tab, seen):
     choose(tab, "third", 3)
     for kind, name in (("rows", "mean_distance"), ("columns", "key_mass")):
         tab.select_option("#along", f"{kind}:{name}")
@@ -336,8 +353,7 @@ def table_of(seen):
     return lines
 
 
-def test_the_table_and_its_files_are_the_arrays(opened, file, seen):
-    tab = opened(file)
+def test_the_table_and_its_files_are_the_arrays(tab, seen):
     want = table_of(seen)
     rows = cells(tab, "#numbers tbody")
     assert [row[1:] for row in rows] == [
