@@ -51,8 +51,9 @@ def screenshot(page, path):
 
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
         tab = browser.new_page(viewport={"width": 1360, "height": 1010}, color_scheme="light")
+        tab.set_default_timeout(120_000)
         tab.goto(page.resolve().as_uri())
         tab.wait_for_selector("html[data-ready]")
         tab.select_option("#layer", label=LAYER)
