@@ -5,6 +5,7 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 TEST_EXTRAS ?= test
 MODEL_EXTRAS := cli,transformers
+BROWSER_EXTRAS := cli,transformers,browser
 SECONDS ?= 60
 TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py tests/laws/test_probes.py
 comma := ,
@@ -34,7 +35,7 @@ memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --sona
 build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo generate serve small-gpt test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
+.PHONY: help build demo generate serve small-gpt view test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,6 +53,9 @@ serve: $(call installed,$(MODEL_EXTRAS)) .venv/installed/smollm2 ## Let one answ
 
 small-gpt: $(call installed,$(MODEL_EXTRAS)) ## Train a small GPT with each attention; draws docs/small_gpt.png.
 	$(python) examples/small_gpt/train.py
+
+view: $(call installed,$(BROWSER_EXTRAS)) .venv/installed/smollm2 ## Show what a language model looks at, in build/view.html; draws docs/view.png.
+	mkdir -p build && $(python) examples/view/view.py --html build/view.html --screenshot docs/view.png
 
 test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core is an error.
 	$(python) -m pytest

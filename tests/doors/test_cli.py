@@ -67,7 +67,7 @@ def test_version():
 def test_help_names_every_command(args):
     answer = tilefold_command(*args)
     assert answer.returncode == 0
-    for name in ("bench", "run", "explain", "doctor", "verify", "case"):
+    for name in ("bench", "run", "view", "explain", "doctor", "verify", "case"):
         assert re.search(rf"^ +{name} .*[.]$", answer.stdout, re.M), name
 
 

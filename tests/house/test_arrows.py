@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 ORDER = [
     *("frameworks", "dtypes", "problem", "layouts", "masks", "tiles"),
     *("scores", "stats", "fold", "replay", "taps", "plan", "backends", "threads", "probes"),
-    *("arrays", "caches", "call", "shortcut", "api", "drop_in", "flash", "naive", "bench", "cli"),
+    *("arrays", "caches", "call", "shortcut", "api", "drop_in", "flash", "naive", "bench", "view", "cli"),
 ]
 
 # Arrows that point up, each with its reason.
@@ -25,6 +25,7 @@ UP = {
     ("plan", "backends"): "choosing walks the table of backends",
     ("plan", "threads"): "a plan is for so many threads",
     ("arrays", "call"): "a framework's own door runs calls, and differentiates them",
+    ("probes", "view"): "what was seen shows itself, and keeps itself in a file",
     ("flash", "bench"): "benchmark_flash_attention is one of the founding names",
 }
 
@@ -39,8 +40,9 @@ OPTIONAL = {
         ARRAYS,
     ),
     **dict.fromkeys(
-        ("ml_dtypes", "matplotlib", "threadpoolctl", "psutil"), ("arrays/torch/", "bench/", "cli/")
+        ("ml_dtypes", "matplotlib", "threadpoolctl", "psutil"), ("arrays/torch/", "bench/", "view/", "cli/")
     ),
+    "plotly": ("view/",),
 }
 # Files that are themselves imported only when they are needed, inside functions: they import their package at the top.
 LAZY = ("arrays/torch/", "drop_in/")

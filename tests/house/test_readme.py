@@ -22,6 +22,7 @@ OPTIONAL = {
     "typer",
     "rich",
     "matplotlib",
+    "plotly",
     "safetensors",
     "tokenizers",
 }

@@ -23,6 +23,7 @@ PACKAGES = (
     "typer",
     "rich",
     "matplotlib",
+    "plotly",
     "safetensors",
     "threadpoolctl",
     "torch",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from . import bench, case, doctor, explain, run_files, verify
+from . import bench, case, doctor, explain, run_files, verify, view
 
 HELP = "Exact attention in O(n) memory: measure it, run it on files, see its plan, check it."
 
@@ -40,6 +40,7 @@ def _app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     app.command("bench")(bench.bench)
     app.command("run")(run_files.run)
+    app.command("view")(view.view)
     app.command("explain")(explain.explain)
     app.command("doctor")(doctor.doctor)
     app.command("verify")(verify.verify)

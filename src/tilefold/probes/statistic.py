@@ -70,6 +70,8 @@ class Statistic:
         """
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"{self.name}: a name must be an identifier, got {name!r}")
+        if hasattr(Seen, name):
+            raise ValueError(f"{self.name}: the name {name!r} is taken by a method of Seen")
         return replace(self, name=name)
 
     def result(self, filled: Filled, squeeze: bool) -> Any:
@@ -112,10 +114,31 @@ class Regions(SimpleNamespace):
 
 
 class Seen(SimpleNamespace):
-    """What was seen: one attribute per statistic, by its name."""
+    """What was seen: one attribute per statistic, by its name. In a notebook it shows itself."""
 
     def __repr__(self) -> str:
         return f"Seen({', '.join(f'{name}: {_shape(x)}' for name, x in vars(self).items())})"
+
+    def view(self, path: Any = None, **how: Any) -> Any:
+        """Write an HTML page that shows this to `path`, else to a temporary file; where it is. `how`: tokens, title,
+        and ``show=True`` to open it; see `tilefold.view.write`."""
+        from ..view import write
+
+        return write(self, path, **how)
+
+    def save(self, path: Any) -> Any:
+        """Write this to an .npz file, which `tilefold.view.load` and the command `tilefold view` read; where it is."""
+        from ..view import save
+
+        return save(self, path)
+
+    def _repr_html_(self) -> str | None:
+        from ..view.notebook import short_page
+
+        try:
+            return short_page(self)
+        except (TypeError, ValueError):  # nothing of it has a picture
+            return None
 
 
 def _shape(x: Any) -> str:
