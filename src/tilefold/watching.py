@@ -181,7 +181,7 @@ def _watching(
             q, k = attended
         seen = probe(q, k, *statistics, **options)
         if heads is not None:
-            seen = _of_heads(seen, statistics, heads, q, options["cu_seqlens_q"] is not None)
+            seen = _of_heads(seen, statistics, heads, q, options.get("cu_seqlens_q") is not None)
         watched._record(layer, seen, _shape(q, k))
 
     with ExitStack() as blocks:
