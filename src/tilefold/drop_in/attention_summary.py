@@ -89,7 +89,7 @@ def _choice(statistics: Sequence[Any] | None, keep: bool) -> Choice:
 def _usual(shape: tuple[int, ...]) -> dict[str, Statistic]:
     """The four that every summary has."""
     rows, cols = (max(1, min(MAP, n)) for n in shape[2:])
-    four = entropy(), topk(TOP), key_mass(), heatmap(rows, cols).named("map")
+    four = entropy(), topk(max(1, min(TOP, shape[3]))), key_mass(), heatmap(rows, cols).named("map")
     return {s.name: s for s in four}
 
 
@@ -152,8 +152,8 @@ class AttentionSummary:
 
     Attributes, whose numbers are in the type that scores are summed in:
         entropy: of each row in nats, ``(batch, heads, q_len)``.
-        topk: the largest weights of each row and their keys, ``.weights`` and ``.keys``, both
-            ``(batch, heads, q_len, 8)``; 0 and -1 beyond what a row sees.
+        topk: the 8 largest weights of each row and their keys, ``.weights`` and ``.keys``, both
+            ``(batch, heads, q_len, 8)``; 0 and -1 beyond what a row sees, and fewer where there are fewer keys.
         key_mass: the weight that each key received from all queries, ``(batch, heads, kv_len)``.
         map: the matrix of weights pooled by mean to at most 64 x 64 bins, ``(batch, heads, rows, cols)``.
         lse: the log-sum-exp of each row's scores, ``(batch, heads, q_len)``; any weight is ``exp(score - lse)``. It
@@ -296,7 +296,7 @@ class AttentionSummary:
 
     def __repr__(self) -> str:
         found = ", ".join(("lse", *self._found))
-        return f"AttentionSummary({found}, for weights of shape {tuple(self.shape)}, not formed)"
+        return f"AttentionSummary({found}, for weights of shape {tuple(self.shape)})"
 
 
 _WHOLE = block(slice(None), slice(None), limit=2**63).named("whole")

@@ -508,7 +508,10 @@ def _summary(
     return AttentionSummary(lse, (*q.shape[:3], k.shape[2]), asked, why_not, wanted)
 
 
-_COMPILED = "a compiled program finds lse alone: call the model uncompiled, as torch.compiler.set_stance('force_eager') has it"
+_COMPILED = (
+    "a compiled program finds lse alone: call the model uncompiled, "
+    "as under torch.compiler.set_stance('force_eager')"
+)
 
 
 def _unmasked(
