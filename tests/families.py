@@ -178,3 +178,10 @@ def heads(q_len, kv_len, dim=8, batch=BATCH, dtype=torch.float32):
 def allowed(exact):
     """Float32 sums of some dozens of terms: the budget of a whole matrix, no less than its own rounding."""
     return 64 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+def attentions(model, given):
+    """Every layer's, by the names of the model's answer."""
+    with torch.no_grad():
+        result = model(**{**given.inputs, "output_attentions": True})
+    return [x for name in result if "attentions" in name for x in result[name]]

@@ -21,6 +21,7 @@ from families import (  # noqa: E402
     LENGTH,
     Layer,
     allowed,
+    attentions,
     heads,
     implemented,
     made,
@@ -31,7 +32,7 @@ from families import (  # noqa: E402
     same,
     words,
     written,
-)  # fmt: skip
+)
 
 import tilefold as tf  # noqa: E402
 from tilefold.drop_in import attention_summary as module  # noqa: E402
@@ -42,13 +43,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = [(family, ask) for family, ask in ASKS if family != "clip"]  # which returns none
 every = pytest.mark.parametrize(("family", "ask"), FAMILIES, ids=lambda x: getattr(x, "__name__", x))
 FOUR = "entropy", "topk", "key_mass", "map"
-
-
-def attentions(model, given):
-    """Every layer's, by the names of the model's answer."""
-    with torch.no_grad():
-        result = model(**{**given.inputs, "output_attentions": True, "use_cache": False})
-    return [x for name in result if "attentions" in name for x in result[name]]
 
 
 def known(weights, pad=None):

@@ -37,7 +37,7 @@ from families import (  # noqa: E402
     same,
     words,
     written,
-)  # fmt: skip
+)
 from transformers import masking_utils as mu  # noqa: E402
 
 from tilefold.drop_in import transformers as door  # noqa: E402
