@@ -8,7 +8,7 @@ computes it in another way is watched in vain, and the record says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import count
@@ -117,7 +117,7 @@ def watch(
     Args:
         model: a `torch.nn.Module` whose attention runs on tilefold: of transformers under
             ``attn_implementation="tilefold"``, with torch's attention under `tilefold.drop_in.sdpa`, or one that calls
-            `tilefold.attention`. A layer is the innermost module in whose forward pass a call is made. None records
+            `tilefold.attention`. A layer is the innermost module whose code makes a call. None records
             every call of the block, on NumPy arrays too, numbered from 0.
         layers: which layers: a name, a pattern (``"*.self_attn"``) or a number, or a list of them. A name stands for
             all below it; a number is the first one in a layer's name, 3 in ``"model.layers.3.self_attn"``. None is all.
@@ -189,7 +189,6 @@ def _watching(
             from .arrays.torch.modules import uncompiled
 
             blocks.enter_context(uncompiled())
-        blocks.enter_context(nullcontext() if modules is None else modules.hooked())
         blocks.enter_context(witnesses.called(witness))
         yield watched
 

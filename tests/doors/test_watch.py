@@ -322,13 +322,20 @@ def test_checkpoints_are_called_twice(families):
 
 
 def test_the_model_is_left_as_it_was(stack, x):
-    hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
-    before = [dict(stack.__dict__), *map(dict, hooks)]
+    hooks = nn.modules.module._has_any_global_hook
+    before = [dict(m.__dict__) for m in stack.modules()]
     with tf.watch(stack):
+        assert [dict(m.__dict__) for m in stack.modules()] == before
+        assert not hooks() and not any(m._forward_hooks or m._forward_pre_hooks for m in stack.modules())
         stack(x)
-        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in stack.modules())
-    assert [dict(stack.__dict__), *map(dict, hooks)] == before
     assert witnesses.there == []
+
+
+def test_forward_called_by_name(stack, x):
+    with tf.watch(stack) as seen:
+        stack.forward(x)
+        stack.layers[1].forward(x)
+    assert [len(calls) for calls in seen.values()] == [1, 2, 1]
 
 
 def test_what_raises_leaves_nothing_behind(stack, x):
@@ -365,7 +372,7 @@ def test_compiled_models_run_uncompiled_meanwhile(stack, x):
             compiled(x)
     assert list(seen) == ["layers.0", "layers.1", "layers.2"]
     with torch.no_grad(), tf.watch(model) as seen:
-        torch.compile(model, backend="aot_eager")(x)
+        compiled(x)
     assert len(seen) == 3
 
 
