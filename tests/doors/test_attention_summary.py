@@ -227,7 +227,7 @@ def test_packed_images_without_a_mask():
         door.attention(Layer(), q, k, v, None, **told)
 
 
-@pytest.mark.parametrize("collected", [True, False])
+@pytest.mark.parametrize("collected", [True, None])
 def test_a_sink_for_each_query(collected):
     q, k, v = heads(6, 9)
     sinks = torch.randn(BATCH, 4, 6, 1, generator=torch.Generator().manual_seed(0))
@@ -245,7 +245,8 @@ def test_a_sink_for_each_query(collected):
     lse = torch.cat([scores, sinks.double()], dim=-1).logsumexp(-1)
     assert (summary.lse - lse).abs().max().item() <= allowed(lse)
     for name in ("key_mass", "map"):
-        with pytest.raises(NotImplementedError, match=f"{name}: where each query has a sink of its own"):
+        says = "only the weights were kept" if collected else "where each query has a sink of its own"
+        with pytest.raises(RuntimeError, match=f"{name}: .*{says}"):
             getattr(summary, name)
 
 
@@ -263,13 +264,13 @@ def test_autocast():
 # ---- pieces --------------------------------------------------------------------------------------------------
 
 
-def one(n=40, kv_len=None, collected=False, **options):
+def one(n=40, kv_len=None, collected=None, **options):
     q, k, v = heads(n, kv_len or n, **options)
     _, summary = door.attention(Layer(), q, k, v, None, scaling=0.5, output_attentions=collected)
     return summary
 
 
-@pytest.mark.parametrize("collected", [True, False], ids=["kept", "found"])
+@pytest.mark.parametrize("collected", [True, None], ids=["kept", "found"])
 @pytest.mark.parametrize(
     "where",
     [
@@ -283,6 +284,12 @@ def test_an_index_gives_weights(where, collected):
     summary = one(12, collected=collected)
     dense = summary.to_dense()
     assert torch.equal(summary[where], dense[where])
+
+
+def test_numbers_of_any_kind():
+    summary = one(12)
+    dense = summary.to_dense()
+    assert torch.equal(summary[np.int64(1), torch.tensor(2), ..., np.int32(-3)], dense[1, 2, :, -3])
 
 
 def test_iterating_goes_over_the_batch():
@@ -340,12 +347,28 @@ def counted(monkeypatch):
     return asked
 
 
-def test_nothing_is_found_where_nobody_collects(monkeypatch):
+def test_nothing_is_found_or_kept_where_nobody_collects(monkeypatch):
+    asked, returned = counted(monkeypatch), []
+    for family in ("gpt2", "llama"):
+        model = implemented(family, "tilefold")
+        layer = next(m for m in model.modules() if type(m).__name__.endswith("Attention"))
+        hook = layer.register_forward_hook(lambda module, args, output: returned.append(output[1]))
+        with torch.no_grad():
+            plain(family).of(model)
+        hook.remove()
+    assert len(returned) == 2
+    for summary in returned:
+        assert summary.shape == (BATCH, 4, LENGTH, LENGTH) and summary.lse.shape == summary.shape[:3]
+        with pytest.raises(
+            RuntimeError, match=r"entropy: .* the model was not called with output_attentions=True"
+        ):
+            summary.entropy  # noqa: B018
+    assert asked == []
+
+
+def test_where_that_is_not_known_it_is_found_when_it_is_read(monkeypatch):
     asked = counted(monkeypatch)
-    given = plain("gpt2")
-    with torch.no_grad():
-        given.of(implemented("gpt2", "tilefold"))
-    summary = one(12)
+    summary = one(12, collected=None)
     assert asked == []
     assert summary.entropy is summary.entropy
     assert asked == ["entropy"]
@@ -362,23 +385,21 @@ def test_where_somebody_collects_all_is_found_at_once(family, monkeypatch):
         assert len(asked) == before > 0
 
 
-def test_what_takes_less_is_kept(monkeypatch):
-    """Of a long prompt the queries and keys, of a step in decoding the weights: not as many keys again each step."""
+def test_what_takes_less_is_kept():
+    """Of a long prompt the queries and keys, of a step in decoding the weights: not all keys again at each step."""
     summary = one(400, collected=True)
     assert summary._weights is None and summary._asked.q.shape == (BATCH, 4, 400, 8)
     step = one(1, 400, collected=True)
-    assert step._weights.shape == (BATCH, 4, 1, 400)
+    assert step._weights.shape == (BATCH, 4, 1, 400) and step._asked is None
+    assert torch.equal(step.to_dense().sum(2), step.key_mass)
+    with pytest.raises(
+        RuntimeError, match=r"key_max: .* only the weights were kept, .* to_dense\(\) gives them"
+    ):
+        step.probe(tf.key_max())
     options = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 4}
-    steps = written("llama", "tilefold", **options).attentions[1:]
-    assert all(layer._weights is not None for layers in steps for layer in layers)
-
-
-def test_the_weights_that_are_kept_need_no_keys():
-    step = one(1, 400, collected=True)
-    q = step._asked.q
-    assert step._asked is not None and q is not None
-    step._asked = None
-    assert step.to_dense().shape == (BATCH, 4, 1, 400)
+    first, *steps = written("llama", "tilefold", **options).attentions
+    assert all(layer._asked is not None and layer._weights is None for layer in first)
+    assert all(layer._asked is None and layer._weights is not None for layers in steps for layer in layers)
 
 
 def test_keys_are_kept_by_reference():
@@ -443,7 +464,10 @@ def test_nothing_is_kept_where_the_user_says_so():
             ask()
     with summaries(keep=False):
         _, summary = door.attention(Layer(), q, k, v, None, output_attentions=True)
-    assert summary.lse.shape == (BATCH, 4, 40)
+    for name in FOUR:
+        getattr(summary, name)
+    with pytest.raises(RuntimeError, match="weights: not found"):
+        summary.to_dense()
 
 
 def test_register_chooses_for_the_process():

@@ -9,6 +9,7 @@ summary that is asked too late says so instead of answering from them.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,8 +59,8 @@ def summaries(*statistics: Any, keep: bool = True) -> Iterator[None]:
     """A block in which ``output_attentions=True`` finds these statistics of each layer, and no others.
 
     Args:
-        statistics: as of `tilefold.probe`; each becomes an attribute of the summary by its name. None finds nothing but
-            `lse` at once.
+        statistics: as of `tilefold.probe`; each becomes an attribute of the summary by its name. Without any, the four
+            that every summary has.
         keep: whether a summary keeps what it needs to answer more: `to_dense`, pieces, other statistics. Without,
             a summary of a step in `generate` takes a few numbers per head.
 
@@ -67,7 +68,7 @@ def summaries(*statistics: Any, keep: bool = True) -> Iterator[None]:
     >>> with summaries(tf.entropy(), tf.key_mass(last=32).named("recent"), keep=False):
     ...     pass  # model(ids, output_attentions=True).attentions[0].recent
     """
-    token = _chosen.set(_choice(statistics, keep))
+    token = _chosen.set(_choice(statistics or None, keep))
     try:
         yield
     finally:
@@ -160,9 +161,10 @@ class AttentionSummary:
             alone has a gradient.
         shape: that of the weights.
 
-    Others as `summaries` names them. Each was found with the call or is found when it is read, from what the summary
-    keeps: queries and keys (never copied, but kept from being freed), or the weights where those take less. An index
-    gives weights: ``summary[..., -1, :]`` is the last row of every head. See `to_dense`, `probe`.
+    Others as `summaries` names them. They were found with the call. Beside them a summary keeps the layer's queries and
+    keys, from which it finds more when it is read, or the weights where those take less; nothing is copied, but under
+    inference_mode, where torch does not count who writes. An index gives weights: ``summary[..., -1, :]`` is the last
+    row of every head. See `to_dense`, `probe`.
     """
 
     def __init__(
@@ -196,7 +198,9 @@ class AttentionSummary:
             self._weights = self._found.pop(_WHOLE.name, None)
         if not choice.keep:
             self._asked, self._why_not = None, "nothing was kept to find it from: keep=False"
-        elif not whole:
+        elif whole:
+            self._asked, self._why_not = None, _WEIGHTS_ALONE
+        else:
             asked.secure()
 
     # ---- statistics ------------------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ class AttentionSummary:
     def _piece(self, rows: slice, keys: slice, limit: int) -> Tensor:
         if self._weights is not None:
             return self._weights[:, :, rows, keys]
-        return self._answers([block(rows, keys, limit=limit)])["block"]
+        return self._answers([block(rows, keys, limit=limit).named("weights")])["weights"]
 
     # ---- where a tensor is expected --------------------------------------------------------------------------
 
@@ -299,6 +303,10 @@ class AttentionSummary:
         return f"AttentionSummary({found}, for weights of shape {tuple(self.shape)})"
 
 
+_WEIGHTS_ALONE = (
+    "only the weights were kept, which take less than queries and keys: to_dense() gives them, and what "
+    "summaries(...) names is found with the call"
+)
 _WHOLE = block(slice(None), slice(None), limit=2**63).named("whole")
 _NAMES = {*vars(AttentionSummary), "lse", "shape"} - {"entropy", "topk", "key_mass", "map"}
 
@@ -310,8 +318,9 @@ def _span(part: Any, length: int, axis: str) -> tuple[slice, Any]:
         if step < 1:
             raise ValueError(f"{axis} can be taken forwards only, got {part!r}")
         return slice(start, max(start, stop)), slice(None, None, step)
-    if isinstance(part, bool) or not isinstance(part, int):
+    if isinstance(part, bool) or not hasattr(part, "__index__"):
         raise TypeError(f"{axis} are taken by a number or a slice, got {type(part).__name__}")
-    if not -length <= part < length:
-        raise IndexError(f"{axis} are {length}, got {part}")
-    return slice(part % length, part % length + 1), 0
+    n = operator.index(part)
+    if not -length <= n < length:
+        raise IndexError(f"{axis} are {length}, got {n}")
+    return slice(n % length, n % length + 1), 0

@@ -465,7 +465,7 @@ def attention(
     wanted = _collected(kwargs)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias}
     # A compiled program returns only what is asked for.
-    options["return_lse"] = wanted or sinks is not None or not torch.compiler.is_compiling()
+    options["return_lse"] = bool(wanted) or sinks is not None or not torch.compiler.is_compiling()
     if attention_mask is None:
         key, value = _unmasked(module, query, key, value, is_causal, kwargs, options)
     elif isinstance(attention_mask, AttentionMask):
@@ -490,22 +490,30 @@ def attention(
     return out.transpose(1, 2).contiguous(), summary
 
 
-def _collected(kwargs: dict[str, Any]) -> bool:
-    """Whether somebody is known to collect summaries. Some layers are told; of the others transformers knows itself."""
-    if kwargs.get("output_attentions"):
-        return True
-    if torch.compiler.is_compiling() or _COLLECTOR is None:
-        return False
-    return any("attentions" in key for key in _COLLECTOR.get() or ())
+def _collected(kwargs: dict[str, Any]) -> bool | None:
+    """Whether somebody collects summaries; None where that is not known. Some layers are told; of others transformers
+    knows itself."""
+    told = kwargs.get("output_attentions")
+    if told or torch.compiler.is_compiling():
+        return bool(told)
+    collects = None if _COLLECTOR is None else _COLLECTOR.get()
+    if collects is not None:
+        return any("attentions" in key for key in collects)
+    return None if told is None else False
 
 
 def _summary(
-    q: Tensor, k: Tensor, mask: Any, options: dict[str, Any], lse: Tensor, share: Tensor | None, wanted: bool
+    q: Tensor, k: Tensor, mask: Any, options: dict[str, Any], lse: Tensor, share: Tensor | None, wanted: bool | None
 ) -> AttentionSummary:  # fmt: skip
+    """What the layer returns beside its result. Only where it may be collected does it keep anything alive."""
+    shape = (*q.shape[:3], k.shape[2])
+    if wanted is False:
+        return AttentionSummary(lse, shape, None, "the model was not called with output_attentions=True")
     attended = as_attended(q, k)
-    asked = None if attended is None else Asked(*attended, partial(_in_batch, q, mask, options), share)
-    why_not = "" if asked is not None else "under torch.func there are no numbers to find it from"
-    return AttentionSummary(lse, (*q.shape[:3], k.shape[2]), asked, why_not, wanted)
+    if attended is None:
+        return AttentionSummary(lse, shape, None, "under torch.func there are no numbers to find it from")
+    asked = Asked(*attended, partial(_in_batch, q, mask, options), share)
+    return AttentionSummary(lse, shape, asked, wanted=bool(wanted))
 
 
 _COMPILED = (
