@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ import numpy as np
 from . import frameworks, witnesses
 from .api import probe
 from .arrays import door_of
+from .call import flag
 from .masks import integer
 from .probes import entropy, max_logit, mean_distance
 from .probes.statistic import Regions, Seen, Statistic, TopK, check
-from .taps import KeyTap, Map
+from .taps import Map, RowTap, Shown
 
 CHEAP = (entropy(), max_logit(), mean_distance())  # each rides in the forward sweep, one number per row
 NAMES = 8  # of modules that an error lists
@@ -38,7 +38,7 @@ class Watched(Mapping[Any, list[Seen]]):
     """What was seen: for each layer by its name, or for each call by its number, a list of `Seen`, one per call.
 
     Prints as a table. Its columns are means over rows, heads and calls; of maxima the largest; of `topk` the mean
-    weight of the whole list. Statistics over keys and maps have no column.
+    weight of the whole list. A row that sees no key, such as padding, counts as 0. Statistics over keys have no column.
     """
 
     def __init__(self, statistics: Sequence[Statistic], latest: bool, of_model: bool) -> None:
@@ -92,7 +92,7 @@ class Watched(Mapping[Any, list[Seen]]):
 
 def _columns(s: Statistic, found: list[Any]) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     """The columns that a statistic has in a table: how each folds numbers to one, and the numbers of each call."""
-    if not isinstance(s, Statistic) or any(isinstance(tap, KeyTap) for tap in s.taps):
+    if not all(isinstance(tap, RowTap) for tap in s.taps):
         return {}
     if isinstance(found[0], TopK):
         return {s.name: (np.mean, [_array(x.weights).sum(axis=-1) for x in found])}
@@ -117,8 +117,8 @@ def watch(
     Args:
         model: a `torch.nn.Module` whose attention runs on tilefold: of transformers under
             ``attn_implementation="tilefold"``, with torch's attention under `tilefold.drop_in.sdpa`, or one that calls
-            `tilefold.attention`. A layer is the innermost module whose code makes a call. None records
-            every call of the block, on NumPy arrays too, numbered from 0.
+            `tilefold.attention`. A layer is the innermost module whose code makes a call. None records every call of
+            the block, on NumPy arrays too, numbered from 0.
         layers: which layers: a name, a pattern (``"*.self_attn"``) or a number, or a list of them. A name stands for
             all below it; a number is the first one in a layer's name, 3 in ``"model.layers.3.self_attn"``. None is all.
         heads: which query heads, a list of numbers; results keep their head axis. None is all.
@@ -147,6 +147,7 @@ def watch(
     if not chosen:
         raise TypeError("watch: statistics must hold at least one, such as tilefold.entropy()")
     heads = None if heads is None else _heads(heads, chosen)
+    latest = flag("watch: latest", latest)
     if model is None:
         if layers is not None:
             raise TypeError("watch: layers are those of a model, and none was given")
@@ -166,10 +167,9 @@ def _watching(
     modules: Any, layers: set[str] | None, statistics: tuple[Any, ...], heads: list[int] | None, latest: bool
 ) -> Iterator[Watched]:
     watched = Watched(statistics, latest, modules is not None)
-    numbers = count()
 
     def witness(q: Any, k: Any, options: dict[str, Any]) -> None:
-        layer = next(numbers) if modules is None else modules.innermost()
+        layer = len(watched) if modules is None else modules.innermost()
         if layers is not None and layer not in layers:
             return
         if door_of(q) is not None:
@@ -237,7 +237,7 @@ def _heads(heads: Any, statistics: Sequence[Any]) -> list[int]:
     if not isinstance(heads, (list, tuple, range)):
         raise TypeError(f"watch: heads must be a list of numbers, got {heads!r}")
     for s in statistics:
-        if not isinstance(s, Statistic) or s.heads != "each":
+        if s.heads != "each" or any(isinstance(tap, Shown) for tap in s.taps):
             raise ValueError(f"watch: heads chooses among the heads of each statistic, and {s.name} has none")
     return [integer("watch: heads: a head", head, None) for head in heads]
 

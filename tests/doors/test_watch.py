@@ -381,8 +381,11 @@ def test_calls_without_numbers_pass_by():
     with tf.watch() as seen:
         torch.func.vmap(lambda x: tf.attention(x, x, x))(q)
         torch.func.grad(lambda x: tf.attention(x, x, x).sum())(q)
+        tf.attention(q, q, q)
         tf.attention(*(torch.empty(1, 2, 9, 8, device="meta") for _ in "qkv"))
-    assert not seen
+    assert list(seen) == [0]
+    with tf.watch() as seen:
+        pass
     assert repr(seen) == "nothing seen: no attention ran on tilefold in this block"
 
 
@@ -519,6 +522,34 @@ def test_the_table():
     ]
 
 
+class Sums:
+    """A statistic of the caller's own."""
+
+    name = "sums"
+
+    def start(self, problem, lead):
+        class Tap(tf.replay.Tap):
+            total = 0.0
+
+            def take(self, w):
+                self.total += float(w.by_head.sum())
+
+            def result(self):
+                return {"total": self.total}
+
+        return Tap()
+
+
+def test_statistics_of_the_callers_own():
+    q = np.ones((4, 8, 8))
+    with tf.watch(statistics=[Sums(), tf.max_weight()]) as seen:
+        tf.attention(q, q, q)
+    assert seen[0][0].sums == tf.probe(q, q, Sums()).sums
+    assert str(seen).splitlines()[0] == "call  heads  queries x keys  max_weight"
+    with pytest.raises(ValueError, match=r"watch: heads chooses .* and sums has none"):
+        tf.watch(heads=[0], statistics=[Sums()])
+
+
 def test_the_table_of_a_model(stack, x):
     with tf.watch(stack, statistics=[tf.max_weight(), tf.entropy()]) as seen:
         stack(x)
@@ -544,6 +575,7 @@ def test_the_table_of_a_model(stack, x):
         ({"statistics": []}, TypeError, "statistics must hold at least one"),
         ({"statistics": tf.entropy()}, TypeError, "watch: statistics must be a list or tuple"),
         ({"statistics": [tf.entropy]}, TypeError, "watch: statistics must be statistics such as"),
+        ({"latest": 1}, TypeError, "watch: latest must be True or False, got int"),
         ({"heads": 3}, TypeError, "heads must be a list of numbers, got 3"),
         ({"heads": [0.5]}, TypeError, "heads: a head must be an integer"),
         ({"heads": [1], "statistics": [tf.entropy(heads="all")]}, ValueError, "and entropy has none"),
