@@ -1,8 +1,8 @@
 """`watch`: what each layer of a model looks at, recorded under its name while the model runs as it always does.
 
 The statistics of a call are found beside it, by a `probe` of the same q and k: outputs and gradients keep their bits,
-and a watched call costs about one more. The fact to know: attention is seen where it runs on tilefold. A model that
-computes it in another way is watched in vain, and the record says so.
+and the scores of a watched call are swept once or twice more. The fact to know: attention is seen where it runs on
+tilefold. A model that computes it in another way is watched in vain, and the record says so.
 """
 
 from __future__ import annotations

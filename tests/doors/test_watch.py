@@ -112,6 +112,16 @@ def _as_t5_lists_them(seen):
     return [name for kind in kinds for name in seen if fnmatch(name, kind)]
 
 
+def test_transformers_through_torchs_function(families):
+    """Which they call themselves under another attn_implementation."""
+    given, model = families.padded("llama"), families.implemented("llama", "sdpa")
+    with torch.no_grad(), sdpa.use():
+        plainly = given.of(model)
+        with tf.watch(model) as seen:
+            assert torch.equal(given.of(model), plainly)
+    assert list(seen) == LLAMA
+
+
 def test_each_step_of_generate(families):
     with tf.watch(families.implemented("llama", "tilefold"), statistics=[tf.key_mass()]) as seen:
         families.written("llama", "tilefold", max_new_tokens=4)
