@@ -7,6 +7,7 @@ eager itself with every weight of the model moved by one rounding. Then: what is
 
 import copy
 import io
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -330,6 +331,20 @@ def test_large_matrices_are_refused_and_their_rows_are_not():
     assert (last.sum(-1) - 1).abs().max().item() <= allowed(torch.ones(1))
     with pytest.raises(ValueError, match="more than limit=100 bytes"):
         one(12).to_dense(limit=100)
+
+
+def test_statistics_take_no_matrix():
+    """NumPy's memory is counted; tensors of results lie in it."""
+    q, k, v = heads(1600, 1600, batch=1)
+    tracemalloc.start()
+    try:
+        _, summary = door.attention(Layer(), q, k, v, None, scaling=0.5, output_attentions=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    weights = 4 * 1600 * 1600 * 4
+    kept = sum(x.nbytes for x in (summary.entropy, *summary.topk, summary.key_mass, summary.map))
+    assert kept < peak < weights / 4
 
 
 # ---- what is found when, and what is kept --------------------------------------------------------------------
