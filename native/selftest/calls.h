@@ -32,6 +32,14 @@ void watch_gradient(const Call& c, const Unit& u, const GradCall& g, const GradU
     expect(unguard(end), "a gradient wrote beyond the end of its scratch");
 }
 
+void watch_taps(const Call& c, const Unit& u, const KeyTaps& taps, const TapPiece& p, Worker& w) {
+    char* const end = w.scratch + scratch_bytes;
+    blank(w.scratch, scratch_bytes);
+    guard(end);
+    watched->tap(c, u, taps, p, w);
+    expect(unguard(end), "taps wrote beyond the end of their scratch");
+}
+
 Kernels watch_kernels(const Kernels& kernels) {
     watched = &kernels;
     Kernels k = kernels;
@@ -44,6 +52,10 @@ Kernels watch_kernels(const Kernels& kernels) {
         return (scratch_bytes = aligned(watched->grad_scratch(c))) + GUARD;
     };
     k.grad = watch_gradient;
+    k.tap_scratch = [](const Call& c, const KeyTaps& taps) {
+        return (scratch_bytes = aligned(watched->tap_scratch(c, taps))) + GUARD;
+    };
+    k.tap = watch_taps;
     return k;
 }
 

@@ -11,6 +11,7 @@
 
 #include "../dispatch.h"
 #include "gradient.h"
+#include "taps.h"
 
 namespace {
 
@@ -216,6 +217,7 @@ int main(int argc, char** argv) {
                 enter(machines[m]->name + (", " + c.text()));
                 Tally& tally = tallies[m][t];
                 check(x, e, machines[m]->kernels(c.type), tally);
+                check_taps(x, e, machines[m]->kernels(c.type));
                 if (!g) continue;
                 tally.worst_gradient =
                     std::max(tally.worst_gradient, check_gradient(x, *g, machines[m]->kernels(c.type)));

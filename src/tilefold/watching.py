@@ -173,12 +173,13 @@ def _watching(
         if layers is not None and layer not in layers:
             return
         if door_of(q) is not None:
-            from .arrays.torch.modules import as_attended
+            from .arrays.torch.modules import as_attended, detached
 
             attended = as_attended(q, k)
             if attended is None:
                 return
             q, k = attended
+            options = {name: detached(x) for name, x in options.items()}
         seen = probe(q, k, *statistics, **options)
         if heads is not None:
             seen = _of_heads(seen, statistics, heads, q, options.get("cu_seqlens_q") is not None)

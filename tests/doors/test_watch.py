@@ -316,6 +316,7 @@ def test_gradients_keep_their_bits(stack, x):
         watched = gradients()
     assert all(torch.equal(a, b) for a, b in zip(plainly, watched, strict=True))
     assert [len(calls) for calls in seen.values()] == [1, 1, 1]
+    assert not any(call.entropy.requires_grad for calls in seen.values() for call in calls)
 
 
 def test_checkpoints_are_called_twice(families):

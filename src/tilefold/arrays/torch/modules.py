@@ -50,11 +50,14 @@ def uncompiled() -> Any:
 
 
 def as_attended(q: Any, k: Any) -> tuple[Any, Any] | None:
-    """q and k as attention takes them, in autocast's type under autocast; None where they have no numbers."""
-    from . import _autocast
+    """q and k as attention takes them, in autocast's type under autocast, detached; None where they have no numbers."""
+    from . import entering
 
     if q.device.type != "cpu" or torch._C._are_functorch_transforms_active():
         return None
-    if not torch.is_autocast_enabled("cpu"):
-        return q, k
-    return _autocast(q), _autocast(k) if isinstance(k, Tensor) else k
+    return entering(detached(q), detached(k))
+
+
+def detached(x: Any) -> Any:
+    """A tensor without its history, so that what is recorded keeps none alive; anything else as it is."""
+    return x.detach() if isinstance(x, Tensor) else x
