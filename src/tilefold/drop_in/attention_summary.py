@@ -65,8 +65,8 @@ def summaries(*statistics: Any, keep: bool = True) -> Iterator[None]:
             a summary of a step in `generate` takes a few numbers per head.
 
     >>> import tilefold as tf
-    >>> with summaries(tf.entropy(), tf.key_mass(last=32).named("recent"), keep=False):
-    ...     pass  # model(ids, output_attentions=True).attentions[0].recent
+    >>> with summaries(tf.entropy(), tf.key_mass(last=1).named("newest"), keep=False):
+    ...     pass  # model(ids, output_attentions=True).attentions[0].newest
     """
     token = _chosen.set(_choice(statistics or None, keep))
     try:
