@@ -48,6 +48,7 @@ from .problem import Problem
 from .replay import Grads
 from .stats import OnlineStats
 from .threads import get_num_threads, set_num_threads
+from .watching import watch
 
 __version__ = "0.1.0"
 
@@ -100,6 +101,7 @@ __all__ = [
     "spans",
     "topk",
     "tree",
+    "watch",
     "window",
 ]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import shortcut
+from . import shortcut, witnesses
 from .arrays import door_of, enter_floats, leave
 from .call import DROPOUT, NO_VALUES, Call, Options, differentiated, flag, folded, understand
 from .dtypes import CODES
@@ -111,6 +111,12 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (8, 1000, 64)
     """
+    if witnesses.there:
+        witnesses.show(
+            q, k, mask=mask, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, alibi=alibi,
+            sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_lengths=q_lengths,
+            kv_lengths=kv_lengths,
+        )  # fmt: skip
     simple = (
         mask is None and window is None and bias is None and alibi is None and sinks is None and cu_seqlens_q is None
         and cu_seqlens_k is None and q_lengths is None and kv_lengths is None and probes == () and out is None

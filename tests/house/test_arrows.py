@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 ORDER = [
     *("frameworks", "dtypes", "problem", "layouts", "masks", "tiles"),
     *("scores", "stats", "fold", "replay", "taps", "plan", "backends", "threads", "probes"),
-    *("arrays", "caches", "call", "shortcut", "api", "drop_in", "flash", "naive", "bench", "view", "cli"),
+    *("arrays", "caches", "call", "shortcut", "witnesses", "api", "watching", "drop_in"),
+    *("flash", "naive", "bench", "view", "cli"),
 ]
 
 # Arrows that point up, each with its reason.

@@ -12,15 +12,25 @@ for a block of query rows at a time, never dropped.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-from .. import api, masks
+from .. import api, masks, witnesses
+from ..arrays.torch.modules import as_attended
+from .attention_summary import Asked, AttentionSummary, choose, summaries
+
+__all__ = ["AttentionMask", "AttentionSummary", "attention", "attention_mask", "register", "summaries"]
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _COLLECTOR
+except ImportError:  # a release that collects in another way
+    _COLLECTOR = None
 
 NAME = "tilefold"
 
@@ -28,8 +38,11 @@ Tensor = Any
 MaskFunction = Callable[..., Any]  # of indices (batch, head, query, key), as transformers writes its masks
 
 
-def register() -> None:
-    """Make ``attn_implementation="tilefold"`` known to transformers; calling it again changes nothing.
+def register(statistics: Sequence[Any] | None = None, *, keep: bool = True) -> None:
+    """Make ``attn_implementation="tilefold"`` known to transformers; calling it again changes no model.
+
+    `statistics` are what ``output_attentions=True`` finds of each layer at once, and `keep` whether its summaries keep
+    what they need to find more; `summaries` says the same for a block.
 
     >>> from transformers import AutoModelForCausalLM, LlamaConfig
     >>> register()
@@ -39,26 +52,12 @@ def register() -> None:
     >>> model.config._attn_implementation
     'tilefold'
     """
+    choose(statistics, keep)
     if NAME not in AttentionMaskInterface().valid_keys():
         for factory in _FACTORIES:
             _remember_in_graphs(factory)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSummary:
-    """What ``output_attentions=True`` gives for a layer in place of its weights, which are never formed.
-
-    Today it holds the log-sum-exp of every row's scores and the shape that the weights would have; with `lse` any
-    single weight is ``exp(score - lse)``. Statistics of the weights are to come.
-    """
-
-    lse: Tensor  # (batch, heads, q_len), in the type that scores are summed in
-    shape: tuple[int, int, int, int]  # (batch, heads, q_len, kv_len)
-
-    def __repr__(self) -> str:
-        return f"AttentionSummary(lse of shape {tuple(self.lse.shape)}, for weights of shape {self.shape}, not formed)"
 
 
 # ---- what a mask function hides ------------------------------------------------------------------------------
@@ -463,10 +462,10 @@ def attention(
         raise ValueError(
             "tilefold reads no paged cache: continuous batching needs another attn_implementation"
         )
-    # Whether somebody collects summaries is not told to every layer; a compiled program returns only what is asked for.
-    wanted = not torch.compiler.is_compiling() or bool(kwargs.get("output_attentions"))
+    wanted = _collected(kwargs)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias}
-    options["return_lse"] = wanted or sinks is not None
+    # A compiled program returns only what is asked for.
+    options["return_lse"] = bool(wanted) or sinks is not None or not torch.compiler.is_compiling()
     if attention_mask is None:
         key, value = _unmasked(module, query, key, value, is_causal, kwargs, options)
     elif isinstance(attention_mask, AttentionMask):
@@ -476,11 +475,51 @@ def attention(
         options["mask"] = attention_mask
     else:
         options["bias"] = attention_mask if position_bias is None else position_bias + attention_mask
-    out, lse = _run(query, key, value, options)
+    out, lse = _witnessed(query, key, value, attention_mask, sinks, options)
+    share = None
     if sinks is not None and lse is not None:
-        out = out * torch.sigmoid(lse[..., None] - sinks).to(out.dtype)
-    summary = AttentionSummary(lse, (*query.shape[:3], key.shape[2])) if wanted else None
+        share = torch.sigmoid(lse - sinks[..., 0])
+        out = out * share[..., None].to(out.dtype)
+        lse = torch.logaddexp(lse, sinks[..., 0])
+    summary: AttentionSummary | None = None
+    if torch.compiler.is_compiling():
+        if wanted:
+            summary = AttentionSummary(lse, (*query.shape[:3], key.shape[2]), None, _COMPILED)
+    else:
+        summary = _summary(query, key, attention_mask, options, lse, share, wanted)
     return out.transpose(1, 2).contiguous(), summary
+
+
+def _collected(kwargs: dict[str, Any]) -> bool | None:
+    """Whether somebody collects summaries; None where that is not known. Some layers are told; of others transformers
+    knows itself."""
+    told = kwargs.get("output_attentions")
+    if told or torch.compiler.is_compiling():
+        return bool(told)
+    collects = None if _COLLECTOR is None else _COLLECTOR.get()
+    if collects is not None:
+        return any("attentions" in key for key in collects)
+    return None if told is None else False
+
+
+def _summary(
+    q: Tensor, k: Tensor, mask: Any, options: dict[str, Any], lse: Tensor, share: Tensor | None, wanted: bool | None
+) -> AttentionSummary:  # fmt: skip
+    """What the layer returns beside its result. Only where it may be collected does it keep anything alive."""
+    shape = (*q.shape[:3], k.shape[2])
+    if wanted is False:
+        return AttentionSummary(lse, shape, None, "the model was not called with output_attentions=True")
+    attended = as_attended(q, k)
+    if attended is None:
+        return AttentionSummary(lse, shape, None, "under torch.func there are no numbers to find it from")
+    asked = Asked(*attended, partial(_in_batch, q, mask, options), share)
+    return AttentionSummary(lse, shape, asked, wanted=bool(wanted))
+
+
+_COMPILED = (
+    "a compiled program finds lse alone: call the model uncompiled, "
+    "as under torch.compiler.set_stance('force_eager')"
+)
 
 
 def _unmasked(
@@ -518,6 +557,36 @@ def _check_lengths(mask: AttentionMask, q: Tensor, k: Tensor, kwargs: dict[str, 
             f"cu_seq_lens_q names {len(ends) - 1} packed sequences that position_ids do not show; "
             "give position_ids that start again at 0 with each, and no attention_mask"
         )
+
+
+def _witnessed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`_run`; where somebody watches, what is laid end to end is shown as the layer has it. What a sink of each query's
+    own will take from the weights is not known there, so such a call is shown to nobody."""
+    if not witnesses.there or (sinks is None and options.get("cu_seqlens_q") is None):
+        return _run(q, k, v, options)
+    if sinks is None:
+        witnesses.show(q, k, **_in_batch(q, mask, options))
+    with witnesses.aside():
+        return _run(q, k, v, options)
+
+
+def _in_batch(q: Tensor, mask: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The same options for (batch, heads, length, dim), however the call lays its sequences."""
+    ends = [options.get("cu_seqlens_q"), options.get("cu_seqlens_k")]
+    same = {
+        name: x for name, x in options.items() if name not in ("return_lse", "cu_seqlens_q", "cu_seqlens_k")
+    }
+    if ends[0] is None:
+        return same
+    if isinstance(mask, AttentionMask):
+        scores = {name: same[name] for name in ("scale", "softcap", "sinks", "bias")}
+        return {**scores, **mask.options(packable=False)}
+    if same["causal"] and not torch.equal(*ends):
+        raise NotImplementedError("packed queries and keys of different lengths, causal, have no summary")
+    q_ids, k_ids = (torch.repeat_interleave(torch.diff(x).long()).reshape(len(q), -1) for x in ends)
+    return {**same, "mask": masks.documents(k_ids.numpy(), q_ids=q_ids.numpy())}
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
