@@ -171,6 +171,8 @@ def understand(
     band = _masks(o, x, kv_len)
     if stored is not None and stored.first is not None:
         _check_held(x, band, heads, stored)
+    if stored is not None and stored.settled is not None:
+        _check_order(x, band, stored)
     _score_arrays(o, x, kv_len)
     problem = Problem(
         batch=batch,
@@ -440,6 +442,22 @@ def _check_held(x: Operands, band: Band, heads: int, stored: Stored) -> None:
             f"the cache has forgotten keys {stored.kept} to {first - 1} of sequence {n}, and a query here would see "
             "some of them: pass the window that the cache has, or a narrower one"
             + (", as mask=tilefold.anchors(anchors, window - 1)" if stored.kept else "")
+        )
+
+
+def _check_order(x: Operands, band: Band, stored: Stored) -> None:
+    """What an eviction left is all before the last query that it knew: earlier ones cannot be told what to see."""
+    if band.right is None and x.mask is None:
+        return
+    assert x.kv_ends is not None
+    since = x.kv_ends - stored.settled
+    rows = np.broadcast_to(x.q.shape[-2] if x.q_ends is None else x.q_ends, since.shape)
+    wrong = np.flatnonzero((stored.settled > 0) & (rows > since + 1))
+    if wrong.size:
+        n = int(wrong[0])
+        raise ValueError(
+            f"q must have at most {since[n] + 1} rows for sequence {n}, whose cache evicted keys and got {since[n]} "
+            f"since then; got {rows[n]}, of which the first stand where nobody knows any more what came after"
         )
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 ORDER = [
     *("frameworks", "dtypes", "problem", "layouts", "masks", "tiles"),
     *("scores", "stats", "fold", "replay", "plan", "backends", "threads"),
-    *("arrays", "caches", "call", "shortcut", "api", "drop_in", "flash", "naive", "bench", "cli"),
+    *("arrays", "caches", "call", "shortcut", "api", "eviction", "drop_in", "flash", "naive", "bench", "cli"),
 ]
 
 # Arrows that point up, each with its reason.
