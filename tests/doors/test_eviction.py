@@ -570,4 +570,3 @@ def test_a_refused_eviction_leaves_the_cache_as_it_was():
         cache.keep(np.array([[[0, 5]], [[0, 5]], [[5, 0]]]))
     assert cache.lengths.tolist() == LENGTHS
     assert np.array_equal(cache.k[0, :, :40], before[0, :, :40])
-
