@@ -34,7 +34,7 @@ memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --sona
 build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo generate serve small-gpt test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
+.PHONY: help build demo generate serve small-gpt study test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,6 +52,9 @@ serve: $(call installed,$(MODEL_EXTRAS)) .venv/installed/smollm2 ## Let one answ
 
 small-gpt: $(call installed,$(MODEL_EXTRAS)) ## Train a small GPT with each attention; draws docs/small_gpt.png.
 	$(python) examples/small_gpt/train.py
+
+study: $(call installed,$(MODEL_EXTRAS)$(comma)demo) .venv/installed/model ## See what the heads of two models do; draws docs/study.png.
+	$(python) examples/study/study.py
 
 test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core is an error.
 	$(python) -m pytest
