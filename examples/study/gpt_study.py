@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from heads import Heads, look
+from heads import NEAR, Heads, look
 
 import tilefold as tf
 from tilefold.eviction import anchors_and_window, heaviest, snapkv
@@ -34,7 +34,8 @@ class Run:
     losses: list = field(default_factory=list)
     steps: list = field(default_factory=list)
     entropy: list = field(default_factory=list)  # (layers, heads) at each of these steps
-    logits: list = field(default_factory=list)  # the largest score of each head, likewise
+    near: list = field(default_factory=list)  # the attention on itself and its neighbours, likewise
+    logits: list = field(default_factory=list)  # the largest score, likewise
     before: Heads | None = None
     after: Heads | None = None
     kept: tuple = ()  # how many keys of how many
@@ -63,10 +64,12 @@ def heads_of(model, text):
 
 
 def glance(model, text, run, step):
-    """Entropy and the largest score of every head, into `run`."""
-    seen = [tf.probe(q, k, tf.entropy(), tf.max_logit(), causal=True) for q, k in inputs(model, text)]
+    """Entropy, nearness and the largest score of every head, into `run`."""
+    what = tf.entropy(), tf.mass_in(near=tf.window(NEAR, 0)), tf.max_logit()
+    seen = [tf.probe(q, k, *what, causal=True) for q, k in inputs(model, text)]
     run.steps.append(step)
     run.entropy.append(np.stack([s.entropy.double().mean(dim=(0, 2)).numpy() for s in seen]))
+    run.near.append(np.stack([s.mass_in.near.double().mean(dim=(0, 2)).numpy() for s in seen]))
     run.logits.append(np.stack([s.max_logit.amax(dim=(0, 2)).numpy() for s in seen]))
 
 

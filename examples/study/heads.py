@@ -1,7 +1,8 @@
 """What one head of attention does, in a few numbers, and the word for it: local, on anchors, or broad.
 
 Local: more than half of its attention is on itself and its neighbours. On anchors: of most rows, the heaviest key is an
-anchor; that may be a third of the attention, for weight that nobody needs lies there, and the rest is spread thinly.
+anchor, and anchors get more than twice what even attention would give them; that may be a third of the whole, for the
+rest is spread thinly.
 Regions do not overlap. Everything comes out of `tilefold.probe`: no matrix of weights is ever made.
 """
 
@@ -20,7 +21,8 @@ class Heads:
 
     `entropy` in nats, and `uniform`, its share of what a head has that looks at everything alike; `distance` in
     positions; the attention on `anchors`, on up to NEAR `neighbours` to either side and on the row's own position,
-    `itself`; `first`: the share of rows whose heaviest key is an anchor.
+    `itself`; `first`: the share of rows whose heaviest key is an anchor; `even`: the attention on anchors that a head
+    has that looks at everything alike.
     """
 
     entropy: np.ndarray
@@ -30,6 +32,7 @@ class Heads:
     neighbours: np.ndarray
     itself: np.ndarray
     first: np.ndarray
+    even: np.ndarray
 
     @classmethod
     def stacked(cls, layers):
@@ -39,7 +42,8 @@ class Heads:
     def kinds(self):
         """The word for each head."""
         local = self.neighbours + self.itself
-        return np.where(local > 0.5, "local", np.where(self.first > 0.5, "anchors", "broad"))
+        on_anchors = (self.first > 0.5) & (self.anchors > 2 * self.even)
+        return np.where(local > 0.5, "local", np.where(on_anchors, "anchors", "broad"))
 
 
 def look(q, k, anchors, causal):
@@ -56,12 +60,14 @@ def look(q, k, anchors, causal):
     )  # fmt: skip
     entropy = _mean(seen.entropy)
     keys = np.arange(1, n + 1) if causal else np.full(n, n)
+    even = np.minimum(len(anchors), keys) / keys
     return Heads(
         entropy,
         entropy / np.log(keys).mean(),
         _mean(seen.mean_distance),
         *(_mean(vars(seen.mass_in)[name]) for name in ("anchors", "neighbours", "itself")),
         _mean(np.isin(np.asarray(seen.topk.keys)[..., 0], anchors)),
+        np.full(len(entropy), even.mean()),
     )
 
 

@@ -39,7 +39,7 @@ def said_of(heads, n):
     kinds, local = heads.kinds, heads.neighbours + heads.itself
     for kind, meaning in (
         ("local", f"more than half of the attention on itself and {NEAR} keys to either side"),
-        ("anchors", "the heaviest key of most rows is an anchor"),
+        ("anchors", "an anchor is the heaviest key of most rows, and more than twice an even share"),
     ):
         some = kinds == kind
         print(f"{kind:<9}{some.sum()} of {some.size}: {meaning}; {listed(some)}")
@@ -142,20 +142,30 @@ def main():
     options = argparse.ArgumentParser(description="What the heads of two models do, and a picture of it.")
     options.add_argument("--models", nargs="+", choices=("minilm", "gpt"), default=["minilm", "gpt"])
     options.add_argument("--windows", type=int, default=32, help="of 510 tokens that MiniLM reads")
-    options.add_argument("--steps", type=int, default=600)
-    options.add_argument("--context", type=int, default=512, help="bytes that the GPT sees at once")
-    options.add_argument("--batch", type=int, default=4)
-    options.add_argument("--rate", type=float, default=1e-3, help="the learning rate, warmed up for 20 steps")
+    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--context", type=int, default=256, help="bytes that the GPT sees at once")
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--rate", type=float, default=2e-3, help="the learning rate, warmed up for 20 steps")
     options.add_argument("--fast", type=float, default=2e-2, help="one that is too high, and not warmed up")
-    options.add_argument("--every", type=int, default=10, help="steps from one look at entropies to the next")
+    options.add_argument("--fast-steps", type=int, default=300)
+    options.add_argument("--every", type=int, default=20, help="steps from one look at entropies to the next")
     options.add_argument("--picture", type=Path, default=HERE.parents[1] / "docs" / "study.png")
-    options.add_argument("--quick", action="store_true", help="--windows 1 --steps 6 --context 128 --every 2")
+    options.add_argument("--quick", action="store_true", help="one window, 12 steps, --context 128 --every 2")
     args = options.parse_args()
     if args.quick:
-        args.windows, args.steps, args.context, args.every = 1, 6, 128, 2
-    for option, low in (("windows", 1), ("steps", 1), ("context", 64), ("batch", 1), ("every", 1)):
+        args.windows, args.steps, args.fast_steps, args.context, args.every = 1, 12, 12, 128, 2
+    for option, low in (
+        ("windows", 1),
+        ("steps", 1),
+        ("fast_steps", 1),
+        ("context", 64),
+        ("batch", 1),
+        ("every", 1),
+    ):
         if getattr(args, option) < low:
-            raise SystemExit(f"--{option} must be at least {low}, got {getattr(args, option)}.")
+            raise SystemExit(
+                f"--{option.replace('_', '-')} must be at least {low}, got {getattr(args, option)}."
+            )
 
     reading, runs = None, []
     if "minilm" in args.models:

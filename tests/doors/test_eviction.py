@@ -382,6 +382,28 @@ def test_a_full_cache_says_so_and_keeps_what_it_has():
     assert cache.lengths(a).tolist() == [5]
 
 
+def test_pages_that_one_sequence_frees_are_taken_by_the_next():
+    cache, (c, a, *_) = paged([8, 8, 0], pages=4)
+    cache.fork(a)
+    assert cache.pages_free == 0
+    cache.keep([c, a], np.array([[[1, 2, 3, 4]]] * 2))
+    assert cache.lengths([c, a]).tolist() == [4, 4] and cache.pages_free == 0
+
+
+def test_rows_before_the_first_that_moves_come_along_from_a_shared_page():
+    cache, (a, *_) = paged([6, 1, 1])
+    b = cache.fork(a)
+    k, v = keys_and_values()
+    cache.v[...] = np.where(
+        np.isin(np.arange(len(cache.v)), cache[a].stored().table[0])[:, None, None, None], cache.v, 7
+    )
+    cache.keep(a, np.array([[[0, 1, 3]]]))
+    stored = cache[[a, b]].stored()
+    assert np.array_equal(stored.v[stored.table[0, 0], :, :3], v[0, :, [0, 1, 3]].swapaxes(0, 1))
+    assert np.array_equal(stored.k[stored.table[0, 0], :, :3], k[0, :, [0, 1, 3]].swapaxes(0, 1))
+    assert np.array_equal(stored.v[stored.table[1, 0], :, :4], v[0, :, :4])
+
+
 def test_leading_pages_that_stay_are_still_shared():
     cache, (a, *_) = paged([16, 1, 1])
     b = cache.fork(a)
@@ -461,11 +483,19 @@ def test_files_remember(tmp_path):
 
 def test_a_second_eviction_counts_on():
     cache = filled()
+    pages, ids = paged()
     evict(cache, anchors_and_window(LENGTHS, 2, 10))
+    evict(pages, anchors_and_window(LENGTHS, 2, 10), ids=ids)
     cache.append(*keys_and_values(2))
+    pages.append(ids, *keys_and_values(2))
     kept = anchors_and_window(cache.lengths, 1, 4)
     evict(cache, kept)
-    assert cache.lengths.tolist() == [5, 5, 5] and cache.seen_tokens.tolist() == [n + 2 for n in LENGTHS]
+    evict(pages, kept, ids=ids)
+    assert cache.lengths.tolist() == pages.lengths(ids).tolist() == [5, 5, 5]
+    assert cache.seen_tokens.tolist() == pages.seen_tokens(ids).tolist() == [n + 2 for n in LENGTHS]
+    assert_same_bits(
+        tf.attention(queries(1), cache, causal=True), tf.attention(queries(1), pages[ids], causal=True)
+    )
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------
