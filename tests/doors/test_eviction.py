@@ -416,6 +416,17 @@ def test_leading_pages_that_stay_are_still_shared():
 # ---- afterwards ------------------------------------------------------------------------------------------------
 
 
+def test_other_caches_can_read_where_the_next_token_stands():
+    cache = filled()
+    pages, ids = paged()
+    for stored in (cache.stored(), pages[ids].stored()):
+        assert stored.settled is None and stored.dropped is None
+    evict(cache, anchors_and_window(LENGTHS, 2, 6))
+    evict(pages, anchors_and_window(LENGTHS, 2, 6), ids=ids)
+    for stored in (cache.stored(), pages[ids].stored()):
+        assert (stored.lengths + stored.dropped).tolist() == LENGTHS and stored.settled.tolist() == [8, 8, 8]
+
+
 def test_what_needs_an_order_that_is_gone_is_refused():
     cache = filled()
     evict(cache, anchors_and_window(LENGTHS, 2, 6))

@@ -157,7 +157,8 @@ class KVCache:
 
     def stored(self) -> Stored:
         """What `tilefold.attention` reads."""
-        return Stored(self._k, self._v, self._lengths, settled=self._settled if self._evicted else None)
+        evicted = {"settled": self._settled, "dropped": self._dropped} if self._evicted else {}
+        return Stored(self._k, self._v, self._lengths, **evicted)
 
     @property
     def k(self) -> Any:

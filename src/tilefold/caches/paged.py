@@ -476,11 +476,13 @@ class PagedKVCache:
             row[: len(s.pages)] = s.pages
         lengths = np.array([s.length for s in sequences], np.int64)
         first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
-        settled = [s.settled for s in sequences]
-        return Stored(
-            self._pool.k, self._pool.v, lengths, table, first, self._anchors, cascade,
-            settled=np.array(settled, np.int64) if any(settled) else None,
-        )  # fmt: skip
+        evicted = {}
+        if any(s.settled for s in sequences):
+            evicted = {
+                name: np.array([getattr(s, name) for s in sequences], np.int64)
+                for name in ("settled", "dropped")
+            }
+        return Stored(self._pool.k, self._pool.v, lengths, table, first, self._anchors, cascade, **evicted)
 
 
 @dataclass(frozen=True, slots=True)
