@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from heads import Heads, look
 
+import tilefold as tf
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "minilm"))
 from model import MiniLM
 from vectors import text
@@ -38,7 +40,8 @@ def read(windows, report):
         layers = list(model.layers(ids[at * model.window : (at + 1) * model.window]))
         layers = [(q[None], k[None]) for q, k, _ in layers]
         found.append(Heads.stacked([look(q, k, [0, n - 1], causal=False) for q, k in layers]))
-        cls.append([look(q, k, [0], causal=False).anchors for q, k in layers])
+        first = [tf.probe(q[0], k[0], tf.mass_in(cls=slice(0, 1))).mass_in.cls for q, k in layers]
+        cls.append(np.array(first, np.float64).mean(axis=-1))
         report(at + 1)
     heads = Heads(**{name: np.mean([vars(one)[name] for one in found], axis=0) for name in vars(found[0])})
     return Reading(windows * model.window, n, heads, np.mean(cls, axis=0))

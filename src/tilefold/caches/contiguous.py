@@ -157,7 +157,9 @@ class KVCache:
 
     def stored(self) -> Stored:
         """What `tilefold.attention` reads."""
-        evicted = {"settled": self._settled, "dropped": self._dropped} if self._evicted else {}
+        evicted: dict[str, Any] = (
+            {"settled": self._settled, "dropped": self._dropped} if self._evicted else {}
+        )
         return Stored(self._k, self._v, self._lengths, **evicted)
 
     @property

@@ -476,7 +476,7 @@ class PagedKVCache:
             row[: len(s.pages)] = s.pages
         lengths = np.array([s.length for s in sequences], np.int64)
         first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
-        evicted = {}
+        evicted: dict[str, Any] = {}
         if any(s.settled for s in sequences):
             evicted = {
                 name: np.array([getattr(s, name) for s in sequences], np.int64)
