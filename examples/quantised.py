@@ -11,15 +11,12 @@ errors of keys move its weights.
 import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 import tilefold as tf
-from tilefold.caches import quantise
-from tilefold.layouts import Stored
 
 KEYS, QUERIES = 4096, 256  # the last queries over these keys
 BEGIN, END = "<!-- made by examples/quantised.py -->", "<!-- /made -->"
@@ -33,14 +30,10 @@ WAYS = {
 }
 
 
-@dataclass
-class Cache:
-    """Codes with their scales: all that a call asks a cache for."""
-
-    held: Stored
-
-    def stored(self) -> Stored:
-        return self.held
+def cache_of(way, heads, dim, rows):
+    """An empty cache that keeps rows in one way."""
+    kind, group = WAYS[way]
+    return tf.KVCache(1, heads, dim, capacity=rows, quantised=kind, group=group)
 
 
 def attended(q, k, v, way):
@@ -48,9 +41,8 @@ def attended(q, k, v, way):
     if WAYS[way] is None:
         narrow = np.dtype(getattr(ml_dtypes, way, way))
         return tf.attention(q, k.astype(narrow).astype(q.dtype), v.astype(narrow).astype(q.dtype))
-    kind, group = WAYS[way]
-    (k, k_scale), (v, v_scale) = (quantise(x[None], kind, group=group) for x in (k, v))
-    cache = Cache(Stored(k, v, np.array([k.shape[2]]), k_scale=k_scale, v_scale=v_scale))
+    cache = cache_of(way, len(k), k.shape[-1], k.shape[1])
+    cache.append(k[None], v[None])
     return tf.attention(q[None], cache)[0]
 
 
@@ -58,9 +50,7 @@ def bits(way, dim):
     """Of one number, its share of a scale included."""
     if WAYS[way] is None:
         return 16
-    kind, group = WAYS[way]
-    codes, scales = quantise(np.zeros((1, dim), np.float32), kind, group=group)
-    return 8 * (codes.nbytes + scales.nbytes) / dim
+    return 8 * cache_of(way, 1, dim, 1).nbytes / (2 * dim)
 
 
 def errors(q, k, v, way):

@@ -2,14 +2,13 @@
 
 It decides how they come together. The new tokens of all sequences lie end to end as one row of the model, so every
 matrix product is over the tokens that there are, without padding; only the attention function knows where one sequence
-ends, adds the new keys and values to the cache, and asks `tilefold.attention` once for all rows of the same length.
+ends, adds the new keys and values to the cache, and asks `tilefold.attention` once for all of them, packed as they are.
 The fact to know: positions are given to the model, which rotates before it calls the attention function. The cache
 holds rotated keys, and what is in it never changes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from transformers import AttentionInterface
@@ -91,14 +90,8 @@ def attention(
         raise ValueError(f"{NAME} is for Ragged.next_tokens, which gives rows, no mask and no dropout")
     window = None if sliding_window is None else (sliding_window - 1, 0)
     options = {"window": window, "scale": scaling, "softcap": softcap, "sinks": s_aux}
-    parts, stop = [], 0
-    for count, group in groupby(rows, key=lambda row: len(row.tokens)):
-        ids = [row.ids[module.layer_idx] for row in group]
-        start, stop = stop, stop + len(ids) * count
-        q, k, v = (
-            x[0, :, start:stop].unflatten(1, (len(ids), count)).transpose(0, 1) for x in (query, key, value)
-        )
-        pages.append(ids, k, v)
-        out = tf.attention(q, pages[ids], causal=True, **options)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)[None], None
+    ids = [row.ids[module.layer_idx] for row in rows]
+    ends = torch.tensor([0, *(len(row.tokens) for row in rows)]).cumsum(0)
+    pages.append(ids, key[0], value[0], cu_seqlens=ends)
+    out = tf.attention(query[0], pages[ids], causal=True, cu_seqlens_q=ends, **options)
+    return out.transpose(0, 1)[None], None

@@ -82,7 +82,9 @@ def attention(
         alibi: slopes ``(Hq,)`` or ``(..., Hq)``: ``-slope * |i + Sk - Sq - j|`` is added (Press et al. 2021, arXiv
             2108.12409).
         sinks: learned logits ``(Hq,)``: one extra key per head without a value, neither scaled nor capped.
-        cu_seqlens_q, cu_seqlens_k: cumulative lengths, int32 or int64, of sequences packed as ``(H, total, D)``.
+        cu_seqlens_q, cu_seqlens_k: cumulative lengths, int32 or int64, of sequences packed as ``(H, total, D)``. With
+            a cache only `cu_seqlens_q`: the queries of each of its sequences in turn, none or many. Arrays over scores
+            then have the shape ``(Hq, total, capacity)``.
         q_lengths, kv_lengths: lengths of padded sequences, of the leading shape. A sequence counts as ending there:
             masks align to its own lengths, its padding is ignored, padding rows of the output are 0.
         return_lse: also return the log-sum-exp of the scores ``(..., Hq, Sq)`` in the accumulate type.
@@ -290,7 +292,8 @@ def _check_parts(parts: Sequence[tuple[Array, Array]]) -> None:
 
 class Explanation(SimpleNamespace):
     """What a call would do. Attributes: `problem`, `plan`, `refusals`, `cells`, `flops`, `bytes` (of inputs and output)
-    and of these `kv_bytes`, `exact`, `shared` (keys that a cascade reads once for all sequences)."""
+    and of these `kv_bytes`, `exact`, `shared` (keys that a cascade reads once for all sequences), `batches` (how many
+    calls packed queries over a cache become, else 1; `problem` and `plan` are of the one with most queries)."""
 
     problem: Problem
     plan: Plan
@@ -301,6 +304,7 @@ class Explanation(SimpleNamespace):
     kv_bytes: int
     exact: bool
     shared: int
+    batches: int
 
     def __str__(self) -> str:
         p, plan = self.problem, self.plan
@@ -321,6 +325,11 @@ class Explanation(SimpleNamespace):
         ]
         if self.shared:
             lines.append(f"cascade     the first {self.shared} keys are folded once for {p.batch} sequences")
+        if self.batches > 1:
+            lines.append(
+                f"packed      {self.batches} calls, each for all sequences with equally many queries; the one with most"
+                " is shown, the work and the traffic are of all"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -368,6 +377,7 @@ def explain(
         kv_bytes=kv_bytes,
         exact=x.mask is None and x.bias is None,
         shared=call.shared * x.k.shape[-2],
+        batches=max(len(call.parts), 1),
     )
 
 

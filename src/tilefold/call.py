@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from .arrays import enter, enter_floats
-from .caches import cascade
+from .caches import cascade, packed
 from .dtypes import CODES, ROWS, Code, code_of, name_of
 from .frameworks import is_traced
-from .layouts import Frame, Stored, empty_like
+from .layouts import Frame, Stored, empty_like, packed_frames
 from .masks import BandMask, Mask, causal, check_cu_seqlens, dense, split, window
 from .plan import Plan, backend_of, choose, pinned
 from .problem import Band, Has, Layout, Operands, Problem, Want, bytes_of
@@ -62,6 +62,9 @@ class Call:
     refusals: tuple[tuple[str, str], ...]
     squeeze: bool  # 2-D arguments: the head axis that was added is taken off again
     shared: int = 0  # leading pages that all sequences of a cache have in common and that are folded once
+    parts: tuple[
+        tuple[packed.Batch, Call], ...
+    ] = ()  # of packed queries over a cache: what is folded instead
 
     def allocate(self, out: Any = None) -> None:
         """Make the arrays that a fold fills, or take the caller's `out`."""
@@ -80,6 +83,17 @@ class Call:
     def fold(self, rows: slice | None = None) -> int:
         """Run sweep one; the bytes of workspace it allocated."""
         return backend_of(self.plan).fold(self.plan, self.operands, rows)
+
+    def run(self, backend: str) -> None:
+        """Run sweep one in the way of this call: all at once, what is shared first, or batch by batch."""
+        for batch, part in self.parts:
+            packed.place(self.operands, part.operands, batch)
+            part.run(backend)
+            packed.give(self.operands, part.operands, batch)
+        if self.shared and not self.parts:
+            cascade.fold(self.problem, self.operands, self.shared, backend)
+        elif not self.parts:
+            self.fold()
 
     @property
     def out(self) -> np.ndarray:
@@ -151,9 +165,9 @@ def understand(
     if stored is None:
         arrays = {name: enter_floats(name, a) for name, a in (("q", q), ("k", k), ("v", v))}
     else:
-        arrays, code, stored = _entered(q, stored)
+        arrays, code, stored = _entered(q, stored, pages=o.cu_seqlens_q is not None)
     if stored is not None and stored.table is not None:
-        _check_pages(arrays, stored, code)
+        _check_pages(arrays, stored, code, queries_packed=o.cu_seqlens_q is not None)
     else:
         _check_shapes(arrays)
     squeeze = arrays["q"].ndim == 2
@@ -170,9 +184,9 @@ def understand(
     layout, batch = _lengths(o, x, kv_len, stored)
     band = _masks(o, x, kv_len)
     if stored is not None and stored.first is not None:
-        _check_held(x, band, heads, stored)
+        _check_held(x, band, heads, kv_len, stored)
     if stored is not None and stored.settled is not None:
-        _check_order(x, band, stored)
+        _check_order(x, band, kv_len, stored)
     _score_arrays(o, x, kv_len)
     problem = Problem(
         batch=batch,
@@ -192,16 +206,41 @@ def understand(
         has=_has(layout, x),
         want=want | wanted(taps) | (Want.INVARIANT if flag("invariant", o.invariant) else Want(0)),
     )
+    if stored is not None and o.cu_seqlens_q is not None:
+        return _by_batches(problem, x, stored, backend, plan)
     if plan is not None:
         if backend not in ("auto", getattr(plan, "backend", backend)):
             raise ValueError(f"backend={backend!r} contradicts the plan, which is for {plan.backend!r}")
         return Call(problem, x, pinned(plan, problem), (), squeeze)
+    return _planned(problem, x, stored, backend, squeeze)
+
+
+def _planned(problem: Problem, x: Operands, stored: Stored | None, backend: str, squeeze: bool) -> Call:
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a name, got {type(backend).__name__}")
     chosen, refusals = choose(problem, backend)
-    shares = stored is not None and stored.cascade and stored.table is not None and not taps
+    shares = stored is not None and stored.cascade and stored.table is not None and not x.taps
     shared = cascade.shared_pages(problem, x, backend) if shares else 0
     return Call(problem, x, chosen, refusals, squeeze, shared)
+
+
+def _by_batches(problem: Problem, x: Operands, stored: Stored, backend: str, plan: Plan | None) -> Call:
+    """Packed queries over a cache: a call for each number of queries. The one with most work speaks for all."""
+    if plan is not None:
+        raise ValueError(
+            "plan must not be given with packed queries over a cache: they are folded in batches, and each has its own"
+        )
+    if x.taps:
+        raise ValueError(
+            "probes must not be given with packed queries over a cache; give them padded, with q_lengths"
+        )
+    assert x.q_ends is not None
+    parts = []
+    for batch in packed.batches(x.q_ends):
+        part = replace(problem, batch=len(batch.sequences), q_len=batch.q_len)
+        parts.append((batch, _planned(part, packed.operands(x, batch), stored, backend, squeeze=False)))
+    most = max((part for _, part in parts), key=lambda part: part.problem.batch * part.problem.q_len)
+    return replace(most, operands=x, parts=tuple(parts))
 
 
 def folded(
@@ -219,10 +258,7 @@ def folded(
     """A call, understood and run: `out`, `lse` and what `taps` saw are filled."""
     call = understand(q, k, v, o, want=want, taps=taps, backend=backend, plan=plan)
     call.allocate(out)
-    if call.shared:
-        cascade.fold(call.problem, call.operands, call.shared, backend)
-    else:
-        call.fold()
+    call.run(backend)
     x = call.operands
     if left := [tap for tap in taps if tap not in x.seen]:
         backend_of(call.plan).replay(call.plan, x, left)
@@ -336,30 +372,43 @@ def _stored(k: Any, v: Any) -> Stored | None:
     return stored
 
 
-def _entered(q: Any, stored: Stored) -> tuple[dict[str, np.ndarray], Code | None, Stored]:
-    """q and what is stored as arrays, and the codes that the latter are. Codes always lie in pages: of a cache without
-    a table each sequence is one."""
+def _entered(q: Any, stored: Stored, pages: bool) -> tuple[dict[str, np.ndarray], Code | None, Stored]:
+    """q and what is stored as arrays, and the codes that the latter are; in `pages` if asked, and codes always."""
     keys, values = enter("k", stored.k), enter("v", stored.v)
     code = code_of(keys.dtype)
     if code is None and stored.k_scale is None and stored.v_scale is None:
-        return (
-            {name: enter_floats(name, a) for name, a in (("q", q), ("k", keys), ("v", values))},
-            None,
-            stored,
-        )
-    arrays = {"q": enter_floats("q", q), "k": keys, "v": values}
+        arrays = {name: enter_floats(name, a) for name, a in (("q", q), ("k", keys), ("v", values))}
+        if pages:
+            stored = _in_pages(replace(stored, k=keys, v=values))
+            arrays |= {"k": stored.k, "v": stored.v}
+        return arrays, None, stored
     if code is None:
         kinds = ", ".join(f"{c.array} ({c.name})" if c.array != c.name else c.name for c in CODES.values())
         raise TypeError(f"k must be {kinds} where it has a scale, got {keys.dtype.name}")
     if values.dtype != keys.dtype:
         raise TypeError(f"k and v must be stored in one type, got k {keys.dtype.name}, v {values.dtype.name}")
-    if arrays["q"].dtype == np.float64:
+    queries = enter_floats("q", q)
+    if queries.dtype == np.float64:
         raise TypeError(
             f"q must be float16, bfloat16 or float32 with keys and values of {code.name}, got float64"
         )
-    if stored.table is None and keys.ndim == 4:
-        stored = replace(stored, table=np.arange(len(keys))[:, None])
-    return arrays, code, stored
+    stored = _in_pages(replace(stored, k=keys, v=values))
+    return {"q": queries, "k": stored.k, "v": stored.v}, code, stored
+
+
+def _in_pages(stored: Stored) -> Stored:
+    """The same in pages: without a table each sequence is one, or has none where there is no room for a key."""
+    keys, values = stored.k, stored.v
+    if stored.table is not None or keys.ndim != 4 or values.ndim != 4:
+        return stored
+    if keys.shape[2] or values.shape[2]:
+        return replace(stored, table=np.arange(len(keys))[:, None])
+    none: dict[str, Any] = {
+        name: x if x is None else x[:0] if x.ndim == 2 else x.reshape(0, x.shape[1], 1, *x.shape[3:])
+        for name in ("k", "v", "k_scale", "v_scale")
+        for x in [getattr(stored, name)]
+    }
+    return replace(stored, table=np.zeros((len(keys), 0), np.int64), **none)
 
 
 def _scales(name: str, given: Any, codes: np.ndarray, code: Code) -> np.ndarray:
@@ -384,10 +433,15 @@ def _scales(name: str, given: Any, codes: np.ndarray, code: Code) -> np.ndarray:
     return scale
 
 
-def _check_pages(arrays: dict[str, np.ndarray], stored: Stored, code: Code | None) -> None:
+def _check_pages(
+    arrays: dict[str, np.ndarray], stored: Stored, code: Code | None, queries_packed: bool
+) -> None:
     q, k, v = arrays.values()
     for name, a in arrays.items():
-        if a.ndim != 4:
+        if name == "q" and queries_packed:
+            if a.ndim != 3:
+                raise ValueError(f"with cu_seqlens_q q must be (heads, total, dim), got {a.shape}")
+        elif a.ndim != 4:
             raise ValueError(
                 f"with pages q must be (batch, heads, length, dim), k and v (pages, heads, page, dim); "
                 f"got {name} {a.shape}"
@@ -403,7 +457,7 @@ def _check_pages(arrays: dict[str, np.ndarray], stored: Stored, code: Code | Non
         raise ValueError(
             f"q and the cache must have the same last dimension, got q {q.shape}, k {k.shape}{two}"
         )
-    if len(stored.table) != len(q):
+    if not queries_packed and len(stored.table) != len(q):
         raise ValueError(f"the cache holds {len(stored.table)} sequences, q has {len(q)}")
 
 
@@ -420,14 +474,25 @@ def _table(table: Any, pages: int) -> np.ndarray:
     return own
 
 
-def _check_held(x: Operands, band: Band, heads: int, stored: Stored) -> None:
+def _cached_frames(x: Operands, kv_len: int) -> list[Frame]:
+    """Every sequence of a call over a cache."""
+    assert x.kv_ends is not None
+    if x.table is not None and not x.lead:
+        return list(packed_frames(x))
+    q_len = x.q.shape[-2]
+    counts = np.full(x.kv_ends.shape, q_len) if x.q_ends is None else x.q_ends
+    return [
+        Frame(q_count, kv_end, (n,), 0, 0, 0, q_len, kv_len)
+        for n, (q_count, kv_end) in enumerate(zip(counts.tolist(), x.kv_ends.tolist(), strict=True))
+    ]
+
+
+def _check_held(x: Operands, band: Band, heads: int, kv_len: int, stored: Stored) -> None:
     """A cache that forgets must not be asked for what it forgot: keys `kept` to `first` of each sequence."""
     assert x.kv_ends is not None
-    q_len = x.q.shape[-2]
     firsts = np.broadcast_to(np.asarray(stored.first), x.kv_ends.shape)
-    for n, (kv_end, first) in enumerate(zip(x.kv_ends.tolist(), firsts.tolist(), strict=True)):
-        frame = Frame(q_len if x.q_ends is None else int(x.q_ends[n]), kv_end, (n,), 0, 0, 0, q_len, kv_end)
-        lo, hi = stored.kept, min(first, kv_end)
+    for n, (frame, first) in enumerate(zip(_cached_frames(x, kv_len), firsts.tolist(), strict=True)):
+        lo, hi = stored.kept, min(first, frame.kv_len)
         if band.left is not None:
             lo = max(lo, frame.offset - band.left)
         if band.right is not None:
@@ -445,20 +510,19 @@ def _check_held(x: Operands, band: Band, heads: int, stored: Stored) -> None:
         )
 
 
-def _check_order(x: Operands, band: Band, stored: Stored) -> None:
+def _check_order(x: Operands, band: Band, kv_len: int, stored: Stored) -> None:
     """What an eviction left is all before the last query that it knew: earlier ones cannot be told what to see."""
     if band.right is None and x.mask is None:
         return
-    assert x.kv_ends is not None
-    since = x.kv_ends - stored.settled
-    rows = np.broadcast_to(x.q.shape[-2] if x.q_ends is None else x.q_ends, since.shape)
-    wrong = np.flatnonzero((stored.settled > 0) & (rows > since + 1))
-    if wrong.size:
-        n = int(wrong[0])
-        raise ValueError(
-            f"q must have at most {since[n] + 1} rows for sequence {n}, whose cache evicted keys and got {since[n]} "
-            f"since then; got {rows[n]}, of which the first stand where nobody knows any more what came after"
-        )
+    for n, (frame, settled) in enumerate(
+        zip(_cached_frames(x, kv_len), stored.settled.tolist(), strict=True)
+    ):
+        since = frame.kv_len - settled
+        if settled and frame.q_len > since + 1:
+            raise ValueError(
+                f"q must have at most {since + 1} rows for sequence {n}, whose cache evicted keys and got {since} "
+                f"since then; got {frame.q_len}, of which the first stand where nobody knows any more what came after"
+            )
 
 
 def _sees(mask: Mask, band: Band, frame: Frame, heads: int, lo: int, hi: int) -> bool:
@@ -519,9 +583,11 @@ def _lengths(o: Options, x: Operands, kv_len: int, stored: Stored | None) -> tup
     """Where sequences end: fills ``x.q_ends`` and ``x.kv_ends``; the layout and the number of sequences."""
     lead, q_len, kv_lengths = x.lead, x.q.shape[-2], o.kv_lengths
     if stored is not None:
-        for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths"):
+        for name in ("cu_seqlens_k", "kv_lengths"):
             if getattr(o, name) is not None:
                 raise TypeError(f"{name} must not be given with a cache, which knows its lengths")
+        if o.cu_seqlens_q is not None:
+            return Layout.PAGED, _packed_lengths(o, x, kv_len, stored)
         kv_lengths = stored.lengths
     packed = o.cu_seqlens_q is not None or o.cu_seqlens_k is not None
     if not packed:
@@ -545,6 +611,21 @@ def _lengths(o: Options, x: Operands, kv_len: int, stored: Stored | None) -> tup
             f"got {len(x.q_ends) - 1} and {len(x.kv_ends) - 1}"
         )
     return Layout.VARLEN, len(x.q_ends) - 1
+
+
+def _packed_lengths(o: Options, x: Operands, kv_len: int, stored: Stored) -> int:
+    """The same for packed queries over a cache: how many sequences."""
+    assert x.table is not None
+    batch = len(x.table)
+    if o.q_lengths is not None:
+        raise TypeError("cu_seqlens and lengths exclude each other: packed sequences have no padding")
+    x.q_ends = check_cu_seqlens("cu_seqlens_q", enter("cu_seqlens_q", o.cu_seqlens_q), x.q.shape[-2])
+    if len(x.q_ends) != batch + 1:
+        raise ValueError(
+            f"cu_seqlens_q must count the {batch} sequences of the cache, got {len(x.q_ends) - 1}"
+        )
+    x.kv_ends = _ends("the cache's lengths", stored.lengths, (batch,), kv_len)
+    return batch
 
 
 def _ends(name: str, given: Any, lead: tuple[int, ...], most: int) -> np.ndarray | None:

@@ -6,7 +6,7 @@ but shorter, packed ones (`VARLEN`) one per pair of cumulative lengths. After `r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Stored:
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
     """The same with its pages one after another and its codes decoded, in a copy of what the sequences use."""
     assert x.table is not None and x.kv_ends is not None
-    page = x.k.shape[-2]
+    page = x.k.shape[-2]  # arrays over keys keep the capacity that they have, so kv_len stays
     used = -(-int(x.kv_ends.max(initial=0)) // page)
     table = x.table[:, :used]
     dense = []
@@ -80,10 +80,9 @@ def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
         if scale is not None:
             rows = decoded(rows, scale[some], x.q.dtype)
         rows[table < 0] = 0
-        dense.append(rows.swapaxes(1, 2).reshape(len(table), p.kv_heads, used * page, -1))
+        dense.append(rows.swapaxes(1, 2).reshape(len(table), p.kv_heads, used * page, rows.shape[-1]))
     k, v = dense
-    kv_len = used * page
-    p = replace(p, layout=Layout.DENSE, kv_len=kv_len, kv_dtype=p.q_dtype)
+    p = replace(p, layout=Layout.DENSE, kv_dtype=p.q_dtype)
     return p, replace(x, k=k, v=v, table=None, k_scale=None, v_scale=None)
 
 
@@ -108,10 +107,23 @@ def frames(p: Problem, x: Operands) -> Iterator[Frame]:
         for q0, q1, k0, k1 in zip(x.q_ends[:-1], x.q_ends[1:], x.kv_ends[:-1], x.kv_ends[1:], strict=True):
             yield Frame(int(q1 - q0), int(k1 - k0), (), 0, int(q0), int(k0), p.q_len, p.kv_len)
         return
+    if x.table is not None and not x.lead:
+        yield from packed_frames(x)
+        return
     for index in np.ndindex(x.lead):
         q_len = p.q_len if x.q_ends is None else int(x.q_ends[index])
         kv_len = p.kv_len if x.kv_ends is None else int(x.kv_ends[index])
         yield Frame(q_len, kv_len, index, 0, 0, 0, p.q_len, p.kv_len)
+
+
+def packed_frames(x: Operands, sequences: Iterable[int] | None = None) -> Iterator[Frame]:
+    """Every sequence of packed queries over pages, or some: their rows follow one another, while each has its keys from
+    0 on."""
+    assert x.q_ends is not None and x.kv_ends is not None and x.table is not None
+    q_total, kv_total = x.q.shape[-2], x.table.shape[1] * x.k.shape[-2]
+    for n in range(len(x.kv_ends)) if sequences is None else sequences:
+        q0, q1 = int(x.q_ends[n]), int(x.q_ends[n + 1])
+        yield Frame(q1 - q0, int(x.kv_ends[n]), (), 0, q0, 0, q_total, kv_total)
 
 
 def fill_padding(p: Problem, x: Operands, rows: slice | None) -> None:

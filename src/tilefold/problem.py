@@ -148,7 +148,8 @@ class Operands:
     `mask` is what is left of the mask after the band has moved into the `Problem`. `bias` is a broadcast view of
     shape ``(*lead, Hq, Sq, Sk)`` over `given_bias`, `alibi` and `sinks` are views of shape ``(*lead, Hq)``; none is
     ever expanded in memory. `q_ends` and
-    `kv_ends` are private copies: cumulative lengths (VARLEN) or one length per batch item (LENGTHS). PAGED, k and v are
+    `kv_ends` are private copies: cumulative lengths (VARLEN) or one length per batch item (LENGTHS); queries that are
+    packed over pages have cumulative `q_ends`, no leading axis, and are folded batch by batch. PAGED, k and v are
     ``(pages, Hkv, page, D or Dv)``, and `table` ``(B, n)`` says which page holds rows ``n * page`` and on of each item;
     -1 is no page: nobody sees those rows. Where k and v are codes (see `dtypes.CODES`), `k_scale` and `v_scale` are
     float32 views ``(pages, Hkv, page, groups)``: what each group of neighbouring dims is multiplied by. `taps` are

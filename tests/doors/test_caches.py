@@ -4,6 +4,11 @@ A paged cache is also run by Hypothesis against a dictionary of arrays, with eve
 Bits are the matter of `laws/test_cached_bits.py`, files that of `faults/test_snapshots.py`.
 """
 
+import tracemalloc
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from bits import assert_same_bits
@@ -13,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tilefold as tf
 from tilefold import plan
+from tilefold.caches import cascade, dequantise, packed, quantise
 from tilefold.caches.paged import roomy
 from tilefold.caches.pool import Pool
 from tilefold.dtypes import ROWS
@@ -38,11 +44,12 @@ def paged(**settings):
 
 
 def held(cache, id):
-    """(keys, values) of a sequence as its pages have them, NaN where they were given back."""
+    """(keys, values) of a sequence as its pages have them, codes as their numbers, NaN where they were given back."""
     stored = cache[id].stored()
     (length,), table = stored.lengths, stored.table[0]
     parts = []
-    for memory in (stored.k, stored.v):
+    for memory, scale in ((stored.k, stored.k_scale), (stored.v, stored.v_scale)):
+        memory = memory if scale is None else dequantise(memory, scale)
         pages = np.where(table[:, None, None, None] < 0, np.nan, memory[np.maximum(table, 0)])
         parts.append(pages.swapaxes(1, 2).reshape(-1, HEADS, memory.shape[-1])[:length].swapaxes(0, 1))
     return parts
@@ -54,6 +61,11 @@ def filled(cache, *lengths):
     for id, (k, v) in zip(ids, every, strict=True):
         cache.append(id, k, v)
     return ids, every
+
+
+def end_to_end(arrays, counts):
+    """Padded arrays as packed ones."""
+    return [np.concatenate([x[n, :, :count] for n, count in enumerate(counts)], axis=1) for x in arrays]
 
 
 # ---- one stretch per sequence --------------------------------------------------------------------------------
@@ -275,6 +287,194 @@ def test_what_it_would_do_is_explained():
     assert "paged" in str(told)
 
 
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_boolean_masks_over_the_capacity(backend):
+    cache = paged()
+    (a,), ((k, v),) = filled(cache, 70)
+    q, view = queries(1, 3), cache[a]
+    assert view.capacity > 72
+    mask = np.random.default_rng(0).random((3, view.capacity)) < 0.5
+    expected = tf.attention(q, k, v, mask=mask[:, :70], backend=backend)
+    assert_same_bits(tf.attention(q, view, mask=mask, backend=backend), expected)
+
+
+# ---- packed queries ------------------------------------------------------------------------------------------
+
+COUNTS = (1, 1, 9, 0, 1, 3)
+ENDS = np.cumsum([0, *COUNTS])
+
+
+def packed_call(kind, counts=COUNTS):
+    """(view, q, the keys and values of each sequence), of so many queries each."""
+    lengths = [n + 5 * i for i, n in enumerate(counts)]
+    every = [rows(1, n, n) for n in lengths]
+    if kind == "pages":
+        cache = paged()
+        ids, every = filled(cache, *lengths)
+        view = cache[ids]
+    else:
+        view = tf.KVCache(len(counts), HEADS, DIM, V_DIM)
+        padded = [np.zeros((len(counts), HEADS, max(lengths), d), np.float32) for d in (DIM, V_DIM)]
+        for n, (k, v) in enumerate(every):
+            padded[0][n, :, : lengths[n]], padded[1][n, :, : lengths[n]] = k[0], v[0]
+        view.append(*padded, lengths)
+    return view, queries(1, sum(counts))[0], every
+
+
+def alone(q, every, counts=COUNTS, **options):
+    """(out, lse) of each sequence by itself, one after the other."""
+    ends = np.cumsum([0, *counts])
+    parts = [
+        tf.attention(q[:, a:b], k[0], v[0], return_lse=True, **options)
+        for a, b, (k, v) in zip(ends[:-1], ends[1:], every, strict=True)
+    ]
+    return tuple(np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["one stretch", "pages"])
+def test_packed_queries_are_each_sequence_alone(kind):
+    view, q, every = packed_call(kind)
+    for options in ({}, {"causal": True}, {"window": (3, 1)}, {"sinks": [0.0, 1, 2, 3], "softcap": 2.0}):
+        got = tf.attention(q, view, cu_seqlens_q=ENDS, return_lse=True, **options)
+        assert_same_bits(got, alone(q, every, **options))
+        out, lse = tf.attention(q, view, cu_seqlens_q=ENDS, return_lse=True, backend="numpy", **options)
+        for x, y in zip((out, lse), got, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=64 * ROWS["float32"].roundoff)
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_masks_of_packed_queries_count_packed_rows(backend):
+    """What a mask has for each query comes in the order of the queries; positions are of each sequence."""
+    view, q, every = packed_call("pages")
+    total, lengths = len(q[0]), [k.shape[2] for k, _ in every]
+    before = np.repeat([n - c for n, c in zip(lengths, COUNTS, strict=True)], COUNTS)
+    step = np.concatenate([np.arange(n) for n in COUNTS])
+    lo, hi = before // 2, before + step + 1
+    heads = np.arange(4)[:, None, None]
+    cells = (heads + np.arange(view.capacity) + np.arange(total)[:, None]) % 3 > 0
+    masks = {
+        "spans": (tf.spans(lo, hi), lambda a, b, end: tf.spans(lo[a:b], hi[a:b])),
+        "tree": (tf.tree(step - 1), lambda a, b, end: tf.tree(step[a:b] - 1)),
+        "cells": (cells, lambda a, b, end: cells[:, a:b, :end]),
+        "cells of one head": (cells[0], lambda a, b, end: cells[0, a:b, :end]),
+        "cells and spans": (
+            tf.dense(cells) & tf.spans(lo, hi),
+            lambda a, b, end: tf.dense(cells[:, a:b, :end]) & tf.spans(lo[a:b], hi[a:b]),
+        ),
+        "a rule": (tf.from_predicate(lambda i, j: (i + j) % 2 == 0), None),
+        "a rule for each head": (
+            tf.from_predicate(lambda at, h, i, j: (i + j + h) % 3 > 0, per_head=True),
+            None,
+        ),
+    }
+    for name, (mask, part) in masks.items():
+        got = tf.attention(q, view, mask=mask, cu_seqlens_q=ENDS, return_lse=True, backend=backend)
+        for n, (k, v) in enumerate(every):
+            a, b = ENDS[n : n + 2]
+            own = mask if part is None else part(a, b, lengths[n])
+            right = tf.attention(q[:, a:b], k[0], v[0], mask=own, return_lse=True, backend=backend)
+            for x, y in zip(got, right, strict=True):
+                if backend == "auto":
+                    assert_same_bits(x[:, a:b], y, f"{name}, sequence {n}")
+                else:
+                    np.testing.assert_allclose(x[:, a:b], y, rtol=0, atol=64 * ROWS["float32"].roundoff)
+
+
+def test_packed_results_go_where_they_are_wanted():
+    """Into `out`, in any memory order; rows of nobody else are touched."""
+    view, q, every = packed_call("pages")
+    right, _ = alone(q, every, causal=True)
+    memory = np.full((len(q[0]) + 2, 4, V_DIM), 7, np.float32)
+    out = memory[1:-1].swapaxes(0, 1)
+    assert tf.attention(q, view, causal=True, cu_seqlens_q=ENDS, out=out) is out
+    assert_same_bits(out, right)
+    assert (memory[[0, -1]] == 7).all()
+    by_rows = np.ascontiguousarray(q.swapaxes(0, 1)).swapaxes(0, 1)
+    got = tf.attention(by_rows, view, causal=True, cu_seqlens_q=ENDS)
+    assert_same_bits(got, right)
+    assert got.strides[1] > got.strides[0]
+
+
+def test_sequences_that_follow_one_another_are_not_copied():
+    x = np.arange(4 * 12).reshape(4, 12, 1)
+    seen = {b.q_len: b for b in packed.batches(np.array([0, 1, 2, 2, 3, 6, 9, 12]))}
+    assert sorted(seen) == [0, 1, 3] and seen[1].sequences.tolist() == [0, 1, 3]
+    for batch in seen.values():
+        assert isinstance(batch.rows, slice) and (batch.q_len == 0 or np.shares_memory(batch.taken(x), x))
+    apart = next(b for b in packed.batches(np.array([0, 1, 3, 4])) if b.q_len == 1)
+    assert not np.shares_memory(apart.taken(x), x) and apart.taken(x)[1].tolist() == x[:, 3:4].tolist()
+    one_row = np.broadcast_to(x[:, :1], (4, 12, 9))
+    assert apart.taken(one_row).strides[2:] == (0, 0)
+
+
+def test_packed_queries_are_explained():
+    view, q, every = packed_call("pages")
+    told = tf.explain(q, view, causal=True, cu_seqlens_q=ENDS)
+    lengths = [k.shape[2] for k, _ in every]
+    assert told.batches == 4 and (told.problem.batch, told.problem.q_len) == (1, 9)
+    assert told.cells == 2 * HEADS * sum(
+        c * n - c * (c - 1) // 2 for c, n in zip(COUNTS, lengths, strict=True)
+    )
+    assert told.kv_bytes == 4 * HEADS * (DIM + V_DIM) * sum(lengths)
+    assert "packed      4 calls" in str(told)
+    assert tf.explain(queries(1, 1), paged_one(), causal=True).batches == 1
+
+
+def paged_one():
+    cache = paged()
+    return cache[filled(cache, 9)[0]]
+
+
+def test_packed_queries_must_not_see_what_is_forgotten():
+    cache = paged(window=5)
+    (a, b), _ = filled(cache, 20, 3)
+    cache.append([a, b], *rows(2, 2))
+    q, ends = queries(1, 3)[0], np.array([0, 2, 3])
+    out = tf.attention(q, cache[a, b], window=(4, 0), cu_seqlens_q=ends)
+    for n, id in enumerate((a, b)):
+        rows_of = slice(*ends[n : n + 2])
+        assert_same_bits(out[:, rows_of], tf.attention(q[None, :, rows_of], cache[id], window=(4, 0))[0])
+    with pytest.raises(ValueError, match="the cache has forgotten keys 0 to 15 of sequence 0"):
+        tf.attention(q, cache[a, b], causal=True, cu_seqlens_q=ends)
+    out = tf.attention(
+        q[:, :1], cache[a, b], causal=True, cu_seqlens_q=np.array([0, 0, 1])
+    )  # b has forgotten none
+    assert_same_bits(out, tf.attention(q[None, :, :1], cache[b], causal=True)[0])
+
+
+def test_packed_tensors():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    view, q, every = packed_call("pages")
+    out, lse = tf.attention(
+        torch.from_numpy(q), view, causal=True, cu_seqlens_q=torch.from_numpy(ENDS), return_lse=True
+    )
+    right = alone(q, every, causal=True)
+    assert isinstance(out, torch.Tensor)
+    assert_same_bits((out.numpy(), lse.numpy()), right)
+
+
+def test_shared_pages_of_packed_queries_are_read_once(monkeypatch):
+    monkeypatch.setattr(cascade, "PAYS", -(2**40))
+    cache = paged()
+    (a,), _ = filled(cache, 21)
+    ids = [a, cache.fork(a), cache.fork(a)]
+    q, ends = queries(1, 4)[0], np.array([0, 1, 3, 4])
+    told = tf.explain(q, cache.view(ids, cascade=True), cu_seqlens_q=ends)
+    assert told.shared == 20 and told.batches == 2
+    out = tf.attention(q, cache.view(ids, cascade=True), cu_seqlens_q=ends)
+    right = tf.attention(q, cache[ids], cu_seqlens_q=ends)
+    np.testing.assert_allclose(out, right, rtol=0, atol=64 * ROWS["float32"].roundoff)
+
+
+def test_packed_queries_of_nobody():
+    cache = paged()
+    for ids in ([], [cache.open(), cache.open()]):
+        out, lse = tf.attention(
+            queries(1, 0)[0], cache[ids], cu_seqlens_q=np.zeros(len(ids) + 1, int), return_lse=True
+        )
+        assert out.shape == (2 * HEADS, 0, V_DIM) and lse.shape == (2 * HEADS, 0)
+
+
 # ---- forgetting ----------------------------------------------------------------------------------------------
 
 
@@ -372,6 +572,16 @@ def test_what_is_gone_is_refused(options, anchors):
         tf.attention(queries(1, 1), view, **options)
 
 
+def test_an_array_within_what_is_left():
+    view, arrays = forgetful(0)
+    q, cells = queries(1, 1), np.arange(view.capacity) > 17
+    assert view.capacity > 21
+    assert_same_bits(tf.attention(q, view, mask=cells), tf.attention(q, *arrays, mask=cells[:21]))
+    cells[9] = True
+    with pytest.raises(ValueError, match="the cache has forgotten keys 0 to 15"):
+        tf.attention(q, view, mask=cells)
+
+
 limits = st.none() | st.integers(-25, 25)
 masks = st.one_of(
     st.builds(tf.band, limits, limits),
@@ -425,6 +635,187 @@ def test_truncating_far_back_never_answers_with_what_is_gone():
     assert cache.pages_used == 1
 
 
+# ---- codes ---------------------------------------------------------------------------------------------------
+
+WAYS = {
+    "int8": {"quantised": "int8"},
+    "float8_e4m3fn": {"quantised": "float8_e4m3fn"},
+    "int4": {"quantised": "int4"},
+    "int4 in groups": {"quantised": "int4", "group": 4},
+}
+WIDE, V_WIDE = 16, 12
+
+
+def wide_rows(batch, length, seed=0):
+    rng = np.random.default_rng([batch, length, seed])
+    return [rng.standard_normal((batch, HEADS, length, d)).astype(np.float32) for d in (WIDE, V_WIDE)]
+
+
+def coded(kind, way, batch=2, **settings):
+    """(cache, append, view) of so many sequences, of either kind."""
+    if way["quantised"] == "float8_e4m3fn":
+        pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
+    if kind == "one stretch":
+        cache = tf.KVCache(batch, HEADS, WIDE, V_WIDE, **way, **settings)
+        return cache, cache.append, cache
+    cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=4, **way, **settings)
+    ids = [cache.open() for _ in range(batch)]
+    return cache, lambda *given, **more: cache.append(ids, *given, **more), cache[ids]
+
+
+KINDS = pytest.mark.parametrize("kind", ["one stretch", "pages"])
+CODED = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@KINDS
+@CODED
+def test_rows_become_the_codes_that_quantise_makes(kind, way):
+    cache, append, _ = coded(kind, way)
+    k, v = wide_rows(2, 3)
+    append(k, v)
+    for codes, scales, x in ((cache.k, cache.k_scale, k), (cache.v, cache.v_scale, v)):
+        right = quantise(x, way["quantised"], group=way.get("group"))
+        for mine, expected in zip((codes, scales), right, strict=True):
+            assert mine.dtype == expected.dtype
+            assert_same_bits(mine[:2, :, :3].view(np.uint8), expected.view(np.uint8))
+
+
+@KINDS
+@CODED
+def test_the_bytes_of_codes_and_scales(kind, way):
+    """What `nbytes` says is what Python allocates, but for a hundredth."""
+    if way["quantised"] == "float8_e4m3fn":
+        pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
+    tracemalloc.start()
+    try:
+        if kind == "one stretch":
+            cache = tf.KVCache(2, HEADS, WIDE, V_WIDE, capacity=6400, **way)
+        else:
+            cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=128, pages=100, **way)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    group, each = way.get("group"), 2 if way["quantised"] == "int4" else 1
+    scales = 2 if group is None else (WIDE + V_WIDE) // group
+    assert cache.nbytes == 12800 * HEADS * ((WIDE + V_WIDE) // each + 4 * scales)
+    assert cache.nbytes <= held <= 1.01 * cache.nbytes
+
+
+@KINDS
+def test_a_cache_of_numbers_has_no_scales(kind):
+    cache, *_ = coded(kind, {"quantised": None})
+    assert cache.k_scale is None and cache.v_scale is None and "float32" in repr(cache)
+    cache, *_ = coded(kind, {"quantised": "int8"})
+    assert "int8 of float32" in repr(cache)
+
+
+@KINDS
+def test_what_is_not_finite_is_refused_unless_it_is_padding(kind):
+    cache, append, view = coded(kind, {"quantised": "int8"})
+    k, v = wide_rows(2, 3)
+    append(k, v)
+    before = [x.copy() for x in (cache.k, cache.v, cache.k_scale, cache.v_scale)]
+    q = np.ones((2, HEADS, 1, WIDE), np.float32)
+    right = tf.attention(q, view, causal=True)
+    for name, rows in {"k": (k, v), "v": (v, k)}.items():
+        bad = rows[0].copy()
+        bad[1, :, 2] = np.nan
+        given = (bad, v) if name == "k" else (k, bad)
+        with pytest.raises(ValueError, match=f"^{name} must be finite in float32, got NaN or infinity"):
+            append(*given)
+        assert all(
+            np.array_equal(x, y, equal_nan=True)
+            for x, y in zip((cache.k, cache.v, cache.k_scale, cache.v_scale), before, strict=True)
+        )
+        assert_same_bits(tf.attention(q, view, causal=True), right)
+    append(*given, [3, 2])
+    assert np.isfinite(tf.attention(q, view, causal=True)).all()
+
+
+@KINDS
+def test_a_cache_of_codes_without_a_row(kind):
+    for room in ({}, {"capacity": 0} if kind == "one stretch" else {"pages": 0}):
+        *_, view = coded(kind, {"quantised": "int8"}, **room)
+        q = np.ones((2, HEADS, 3, WIDE), np.float32)
+        for backend in ("auto", "numpy"):
+            out, lse = tf.attention(q, view, return_lse=True, backend=backend)
+            assert not out.any() and np.isneginf(lse).all()
+
+
+@KINDS
+@CODED
+def test_tensors_are_kept_as_codes(kind, way):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    pytest.importorskip("ml_dtypes", reason="bfloat16 tensors need ml_dtypes")
+    k, v = (torch.from_numpy(x).to(torch.bfloat16) for x in wide_rows(2, 9))
+    cache, append, view = coded(kind, way, like=k)
+    append(k, v)
+    q = torch.ones((2, HEADS, 2, WIDE), dtype=torch.bfloat16)
+    group = way.get("group")
+    numbers = [dequantise(*quantise(x, way["quantised"], group=group), torch.bfloat16) for x in (k, v)]
+    assert torch.equal(tf.attention(q, view, causal=True), tf.attention(q, *numbers, causal=True))
+    kept = {"int4": torch.uint8}.get(way["quantised"]) or getattr(torch, way["quantised"])
+    assert cache.k.dtype == cache.v.dtype == kept and cache.k_scale.dtype == torch.float32
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_queries_over_codes_may_have_any_type_that_numbers_have(kind, name):
+    """Whatever the type of the rows was: codes become numbers of the queries' type."""
+    if name == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    _, append, view = coded(kind, {"quantised": "int8"})
+    k, v = wide_rows(2, 9)
+    append(k, v)
+    q = np.ones((2, HEADS, 2, WIDE), np.float32).astype(dequantise(*quantise(k), name).dtype)
+    numbers = [dequantise(*quantise(x), q.dtype) for x in (k, v)]
+    assert_same_bits(tf.attention(q, view, causal=True), tf.attention(q, *numbers, causal=True))
+    with pytest.raises(
+        TypeError, match="q must be float16, bfloat16 or float32 with keys and values of int8"
+    ):
+        tf.attention(q.astype(float), view)
+
+
+def test_shared_pages_of_codes_are_read_once(monkeypatch):
+    monkeypatch.setattr(cascade, "PAYS", -(2**40))
+    cache = tf.PagedKVCache(HEADS, WIDE, V_WIDE, page=4, quantised="int4")
+    a = cache.open()
+    cache.append(a, *wide_rows(1, 21))
+    ids = [a, cache.fork(a)]
+    cache.append(ids, *wide_rows(2, 3))
+    q = np.random.default_rng(0).standard_normal((2, HEADS, 1, WIDE)).astype(np.float32)
+    assert tf.explain(q, cache.view(ids, cascade=True), causal=True).shared == 20
+    np.testing.assert_allclose(
+        tf.attention(q, cache.view(ids, cascade=True), causal=True),
+        tf.attention(q, cache[ids], causal=True),
+        rtol=0,
+        atol=64 * ROWS["float32"].roundoff,
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("way", [{"quantised": None}, *WAYS.values()], ids=["numbers", *WAYS])
+def test_rows_that_come_packed_lie_where_padded_ones_would(kind, way):
+    (padded, append, _), (packed, append_packed, _) = (coded(kind, way, batch=4) for _ in "ab")
+    for seed, counts in enumerate([(5, 0, 9, 1), (1, 1, 1, 1), (0, 1, 0, 1), (0, 0, 0, 0), (3, 3, 3, 3)]):
+        rows = wide_rows(4, 9, seed)
+        append(*rows, counts)
+        append_packed(*end_to_end(rows, counts), cu_seqlens=np.cumsum([0, *counts]))
+    ends = (9, 5, 13, 6)
+    for mine, right in zip(
+        *((cache.k, cache.v, cache.k_scale, cache.v_scale) for cache in (packed, padded)), strict=True
+    ):
+        assert (mine is None) == (right is None)
+        if mine is not None and kind == "one stretch":
+            for n, end in enumerate(ends):
+                assert_same_bits(mine[n, :, :end].view(np.uint8), right[n, :, :end].view(np.uint8))
+    if kind == "pages":
+        for id in packed.ids:
+            assert packed.lengths(id).tolist() == [ends[id]]
+            for mine, right in zip(held(packed, id), held(padded, id), strict=True):
+                assert_same_bits(mine, right)
+
+
 # ---- tensors -------------------------------------------------------------------------------------------------
 
 
@@ -473,12 +864,23 @@ class Pages(RuleBasedStateMachine):
     """A paged cache beside a dictionary of arrays: id to [keys, values, first key that is not gone]."""
 
     page, window, anchors, pages = 3, None, 0, None
+    codes: ClassVar = {}  # how rows are quantised
 
     def __init__(self):
         super().__init__()
-        self.cache = paged(page=self.page, window=self.window, anchors=self.anchors, pages=self.pages)
+        self.cache = paged(
+            page=self.page, window=self.window, anchors=self.anchors, pages=self.pages, **self.codes
+        )
         self.model = {}
         self.seed = 0
+        self.folder = TemporaryDirectory()
+
+    def teardown(self):
+        self.folder.cleanup()
+
+    def kept(self, x):
+        """What appended rows are from then on."""
+        return dequantise(*quantise(x, self.codes["quantised"])) if self.codes else x
 
     def some(self, data, least=1):
         """Different ids."""
@@ -500,11 +902,17 @@ class Pages(RuleBasedStateMachine):
         new = [data.draw(st.integers(0, 8)) for _ in ids]
         self.seed += 1
         k, v = rows(len(ids), 8, self.seed)
+        expected = self.kept(k), self.kept(v)
+        for n, count in enumerate(new):
+            k[n, :, count:] = v[n, :, count:] = np.nan
         before, used = self.state(), self.cache.pages_used
         needed = self.cache.pages_needed(ids, new)
         assert self.state() == before
         try:
-            self.cache.append(ids, k, v, new)
+            if data.draw(st.booleans()):
+                self.cache.append(ids, *end_to_end((k, v), new), cu_seqlens=np.cumsum([0, *new]))
+            else:
+                self.cache.append(ids, k, v, new)
         except tf.CacheFull:
             assert self.pages is not None and self.state() == before and needed > self.cache.pages_free
             return
@@ -516,7 +924,10 @@ class Pages(RuleBasedStateMachine):
             if self.window is not None:
                 first = max(first, keys.shape[1] - self.window + 1)
             self.model[id] = [
-                *(np.concatenate([x, y[n, :, :count]], axis=1) for x, y in ((keys, k), (values, v))),
+                *(
+                    np.concatenate([x, y[n, :, :count]], axis=1)
+                    for x, y in zip((keys, values), expected, strict=True)
+                ),
                 first,
             ]
 
@@ -550,6 +961,13 @@ class Pages(RuleBasedStateMachine):
         first = first if length > self.anchors else 0
         self.model[id] = [keys[:, :length], values[:, :length], first]
 
+    @rule()
+    def restore(self):
+        """The cache that a file holds takes the place of the one that wrote it."""
+        path = Path(self.folder.name, "cache")
+        self.cache.snapshot(path)
+        self.cache = tf.PagedKVCache.restore(path)
+
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def fail(self, data):
@@ -564,8 +982,9 @@ class Pages(RuleBasedStateMachine):
             lambda: self.cache.truncate(id, self.model[id][0].shape[1] + 1),
             lambda: self.cache.free([id, -1]),
             lambda: self.cache.fork(-1),
+            *([lambda: self.cache.append(id, k, v * np.inf)] if self.codes else []),
         ):
-            with pytest.raises(ValueError, match=r"id|lengths|rows"):
+            with pytest.raises(ValueError, match=r"id|lengths|rows|v must be finite"):
                 wrong()
         assert self.state() == before
 
@@ -621,7 +1040,15 @@ class Small(Pages):
     pages, window = 9, 12
 
 
-for machine in (Pages, Forgetful, Anchored, Small):
+class Coded(Pages):
+    codes: ClassVar = {"quantised": "int8"}
+
+
+class CodedAndAnchored(Anchored):
+    pages, codes = 12, {"quantised": "int8"}
+
+
+for machine in (Pages, Forgetful, Anchored, Small, Coded, CodedAndAnchored):
     case = machine.TestCase
     case.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
     globals()[f"Test{machine.__name__}"] = case
@@ -630,6 +1057,7 @@ for machine in (Pages, Forgetful, Anchored, Small):
 # ---- errors --------------------------------------------------------------------------------------------------
 
 K, V = rows(2, 3)
+Q = queries(2, 1)
 
 WRONG = {
     "kv_heads must be >= 1, got 0": lambda: tf.KVCache(1, 0, 4),
@@ -646,6 +1074,16 @@ WRONG = {
     "dtype must be that of like, float32": lambda: tf.KVCache(1, 1, 4, dtype="float64", like=K),
     "like must be a NumPy array or a tensor, got list": lambda: tf.KVCache(1, 1, 4, like=[1.0]),
     "like must be float16, bfloat16, float32 or float64, got int64": lambda: tf.KVCache(1, 1, 4, like=np.arange(3)),
+    "quantised must be the name of a type, got bool": lambda: tf.KVCache(1, 1, 4, quantised=True),
+    "quantised must be 'int8', 'float8_e4m3fn', 'int4', got 'int2'": lambda: tf.PagedKVCache(1, 4, quantised="int2"),
+    "group must divide the 6 dims of k, got 4": lambda: tf.PagedKVCache(1, 6, quantised="int8", group=4),
+    "group must divide the 5 dims of v, got 3": lambda: tf.KVCache(1, 1, 6, 5, quantised="int8", group=3),
+    "group must be even for int4, got 3": lambda: tf.KVCache(1, 1, 6, quantised="int4", group=3),
+    "v must have an even number of dims for int4, got 5": lambda: tf.PagedKVCache(1, 6, 5, quantised="int4"),
+    "group must be left out where nothing is quantised, got 4": lambda: tf.KVCache(1, 1, 4, group=4),
+    "dtype must be float16, bfloat16 or float32 for a quantised cache, got float64": lambda: tf.PagedKVCache(
+        1, 4, dtype=float, quantised="int8"
+    ),
     "k must have shape (batch, kv_heads, S, dim) = (3, 2, S, 6), got (2, 2, 3, 6)": lambda: tf.KVCache(
         3, HEADS, DIM, V_DIM
     ).append(K, V),
@@ -653,6 +1091,19 @@ WRONG = {
     "k must be float64 as the cache is, got float32": lambda: tf.KVCache(2, HEADS, DIM, dtype=float).append(K, V),
     "k must be an array": lambda: tf.KVCache(2, HEADS, DIM, V_DIM).append(None, V),
     "k and v must have the same number of rows, got 3 and 2": lambda: one().append(K, V[:, :, :2]),
+    "k must have shape (kv_heads, total, dim) = (2, total, 6), got (2, 2, 3, 6)": lambda: one().append(
+        K, V, cu_seqlens=np.array([0, 3, 6])
+    ),
+    "cu_seqlens must end at 3, the number of packed rows; got 2": lambda: one().append(
+        K[0], V[0], cu_seqlens=np.array([0, 1, 2])
+    ),
+    "cu_seqlens must count the 2 sequences of the cache, got 1": lambda: two().append(
+        [0, 1], K[0], V[0], cu_seqlens=np.array([0, 3])
+    ),
+    "cu_seqlens must be a 1-D int32 or int64 array": lambda: one().append(K[0], V[0], cu_seqlens=np.array([0.0, 3])),
+    "cu_seqlens and lengths exclude each other: packed rows": lambda: one().append(
+        K[0], V[0], 1, cu_seqlens=np.array([0, 1, 3])
+    ),
     "lengths must be at most 3, the rows of k and v; got 4": lambda: one().append(K, V, [4, 0]),
     "lengths must be one integer or have shape (2,), got (3,)": lambda: one().append(K, V, [1, 1, 1]),
     "lengths must be integers, got float64": lambda: one().append(K, V, [1.0, 1.0]),
@@ -669,6 +1120,28 @@ WRONG = {
     "v must not be given beside a KVCache, which holds keys and values": lambda: tf.attention(queries(2, 1), one(), V),
     "which holds keys and values; give a mask as mask=": lambda: tf.attention(queries(2, 1), one(), tf.causal()),
     "kv_lengths must not be given with a cache": lambda: tf.attention(queries(2, 1), one(), kv_lengths=[1, 1]),
+    "cu_seqlens_k must not be given with a cache": lambda: tf.attention(Q, one(), cu_seqlens_k=np.array([0, 1])),
+    "cu_seqlens_q must count the 2 sequences of the cache, got 1": lambda: tf.attention(
+        Q[0], one(), cu_seqlens_q=np.array([0, 1])
+    ),
+    "cu_seqlens_q must end at 1, the number of packed rows; got 2": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 2])
+    ),
+    "with cu_seqlens_q q must be (heads, total, dim), got (2, 4, 1, 6)": lambda: tf.attention(
+        Q, two()[0, 1], cu_seqlens_q=np.array([0, 1, 2])
+    ),
+    "cu_seqlens and lengths exclude each other": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), q_lengths=[1, 1]
+    ),
+    "plan must not be given with packed queries over a cache": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), plan=tf.explain(Q, two()[0, 1]).plan
+    ),
+    "probes must not be given with packed queries over a cache": lambda: tf.attention(
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), probes=[tf.entropy()]
+    ),
+    "mask of shape (4, 2, 12) does not broadcast to (..., heads, q_len, kv_len) = (4, 1, 4)": lambda: tf.attention(
+        Q[0], two()[0, 1], mask=np.ones((4, 2, 12), bool), cu_seqlens_q=np.array([0, 1, 1])
+    ),
     "the cache holds 2 sequences, q has 3": lambda: tf.attention(queries(3, 1), two()[0, 1]),
     "q and the cache must have one dtype, got q float64, k float32": lambda: tf.attention(
         queries(2, 1, float), two()[0, 1]

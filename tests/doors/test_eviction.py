@@ -611,3 +611,67 @@ def test_a_refused_eviction_leaves_the_cache_as_it_was():
         cache.keep(np.array([[[0, 5]], [[0, 5]], [[5, 0]]]))
     assert cache.lengths.tolist() == LENGTHS
     assert np.array_equal(cache.k[0, :, :40], before[0, :, :40])
+
+
+# ---- with what else caches can do ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn", "int4"])
+def test_codes_move_as_they_are(kind):
+    pytest.importorskip("ml_dtypes")
+    k, v = made(BATCH, KV_HEADS, 40, 8), made(BATCH, KV_HEADS, 40, 4)
+    kept = heaviest(np.abs(made(BATCH, KV_HEADS, 40)), 7, lengths=LENGTHS)
+    for group in (None, 2):
+        cache = tf.KVCache(BATCH, KV_HEADS, 8, 4, quantised=kind, group=group)
+        cache.append(k, v, LENGTHS)
+        pages = tf.PagedKVCache(KV_HEADS, 8, 4, page=4, quantised=kind, group=group)
+        ids = [pages.open() for _ in LENGTHS]
+        pages.append(ids, k, v, LENGTHS)
+        before = cache.stored()
+        arrays = [x.copy() for x in (before.k, before.v, before.k_scale, before.v_scale)]
+        evict(cache, kept)
+        evict(pages, kept, ids=ids)
+        after = cache.stored()
+        for old, new in zip(arrays, (after.k, after.v, after.k_scale, after.v_scale), strict=True):
+            for n in range(BATCH):
+                for h in range(KV_HEADS):
+                    assert_same_bits(new[n, h, :7], old[n, h, kept.keys[n, h]])
+        q = made(BATCH, HEADS, 1, 8)
+        assert_same_bits(tf.attention(q, cache, causal=True), tf.attention(q, pages[ids], causal=True))
+
+
+def test_rotary_positions_go_on_after_an_eviction():
+    from tilefold.caches.rotary import Rotary
+
+    angles = np.arange(60)[:, None] / 10.0 ** np.arange(3)
+    rotary = Rotary(np.cos(angles), np.sin(angles))
+    k, v, q = made(BATCH, KV_HEADS, 40, DIM), made(BATCH, KV_HEADS, 40, V_DIM), queries(2)
+    cache = tf.KVCache(BATCH, KV_HEADS, DIM, V_DIM)
+    pages = tf.PagedKVCache(KV_HEADS, DIM, V_DIM, page=4)
+    ids = [pages.open() for _ in LENGTHS]
+    cache.append(k, v, LENGTHS, rotary=rotary)
+    pages.append(ids, k, v, LENGTHS, rotary=rotary)
+    kept = anchors_and_window(LENGTHS, 2, 6)
+    evict(cache, kept)
+    evict(pages, kept, ids=ids)
+    cache.append(k[:, :, :2], v[:, :, :2], rotary=rotary)
+    pages.append(ids, k[:, :, :2], v[:, :, :2], rotary=rotary)
+    assert_same_bits(rotary.queries(q, cache), rotary.queries(q, pages[ids]))
+    for n, length in enumerate(LENGTHS):
+        places = np.arange(length, length + 2)
+        assert_same_bits(cache.k[n, :, 8:10], rotary(k[n, :, :2], places))
+        assert_same_bits(rotary.queries(q, cache)[n], rotary(q[n], places))
+    assert_same_bits(tf.attention(q, cache, causal=True), tf.attention(q, pages[ids], causal=True))
+
+
+def test_packed_queries_after_an_eviction_are_those_that_came_since():
+    k, v = keys_and_values()
+    pages, ids = paged()
+    evict(pages, anchors_and_window(LENGTHS, 2, 6), ids=ids)
+    pages.append(ids, k[:, :, :3], v[:, :, :3], [3, 1, 2])
+    q = queries(4)
+    packed = np.concatenate([q[0, :, :4], q[1, :, :2], q[2, :, :1]], axis=1)
+    out = tf.attention(packed, pages[ids], causal=True, cu_seqlens_q=np.array([0, 4, 6, 7]))
+    assert_same_bits(out[:, :4], tf.attention(q[:1], pages[ids[:1]], causal=True)[0])
+    with pytest.raises(ValueError, match="q must have at most 2 rows for sequence 1"):
+        tf.attention(packed, pages[ids], causal=True, cu_seqlens_q=np.array([0, 3, 6, 7]))

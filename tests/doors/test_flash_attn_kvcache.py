@@ -587,13 +587,22 @@ if form == "leftpad":
 q, k, v = torch.randn(4, 3, 8, 64), *torch.randn(2, 4, 3, 2, 64)
 flash_attn_with_kvcache(q, k[:, :1].repeat(1, 8, 1, 1), v[:, :1].repeat(1, 8, 1, 1))  # what a first call loads
 before = peak()
-flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **more, causal=True)
+if form == "packed":
+    import tilefold.drop_in.flash_attn.fa3 as fa3
+    ends = torch.arange(5, dtype=torch.int32) * 3
+    k_cache, v_cache = (x.view(-1, 256, 2, 64) for x in (k_cache, v_cache))
+    more["page_table"] = torch.arange(4 * 8, dtype=torch.int32).view(4, 8) * 500
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    fa3.flash_attn_with_kvcache(rows[0], k_cache, v_cache, *rows[1:], **more, causal=True, cu_seqlens_q=ends,
+                                cu_seqlens_k_new=ends)
+else:
+    flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **more, causal=True)
 print(peak() - before, 2 * k_cache.nbytes, 4 * (length + 3) * 2 * 2 * 64 * 4)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of memory are read from /proc")
-@pytest.mark.parametrize("form", ["plain", "pages", "index", "leftpad"])
+@pytest.mark.parametrize("form", ["plain", "pages", "packed", "index", "leftpad"])
 def test_only_rows_in_use_take_memory(form):
     """A cache of 4 GiB, of which about 4 MiB are in use: those are touched, and copied once where they lie apart."""
     ran = subprocess.run([sys.executable, "-c", MEASURE, form], capture_output=True, text=True, timeout=300)

@@ -3,7 +3,10 @@
 The nearest code is found here by looking at all of them; errors are held against half a step of the type.
 """
 
+import importlib.util
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from tilefold.layouts import Stored
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
 
+ROOT = Path(__file__).parents[2]
 KINDS = tuple(CODES)
 TYPES = [np.dtype(name) for name in ("float16", ml_dtypes.bfloat16, "float32", "float64")]
 TINY = float(np.finfo(np.float32).tiny)
@@ -337,3 +341,26 @@ def test_explain_of_plain_arrays_counts_them_whole():
     why = tf.explain(Q, Q, Q)
     assert (why.kv_bytes, why.bytes) == (2 * Q.nbytes, 4 * Q.nbytes)
     assert "kv=" not in str(why) and str(why).endswith(f"keys and values {2 * Q.nbytes} B of float32")
+
+
+# ---- what the page says ----------------------------------------------------------------------------------------
+
+
+def test_the_table_of_errors_is_what_its_command_prints():
+    """All of docs/quantised.md but the columns of real vectors, which need a model and the texts of one Python."""
+    place = ROOT / "examples" / "quantised.py"
+    spec = importlib.util.spec_from_file_location("quantised_example", place)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    page = (ROOT / "docs" / "quantised.md").read_text()
+    (shown,) = re.findall(f"{example.BEGIN}\n(.*?)\n{example.END}", page, re.DOTALL)
+    shape = 12, example.KEYS, 32
+    real = np.random.default_rng(1).standard_normal((3, *shape), np.float32)
+
+    def cells(line):
+        name, bits, _, _, *random = (cell.strip() for cell in line.strip("|").split("|"))
+        return name, bits, random
+
+    printed = [cells(line) for line in example.table(real)]
+    assert len(printed) == 2 + len(example.WAYS)
+    assert printed == [cells(line) for line in shown.splitlines()]

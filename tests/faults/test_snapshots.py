@@ -34,8 +34,8 @@ def rows(batch, length, dtype=np.float32, seed=0):
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def contiguous(dtype=np.float32, capacity=None):
-    cache = tf.KVCache(3, HEADS, DIM, V_DIM, capacity=capacity, dtype=dtype)
+def contiguous(dtype=np.float32, capacity=None, **settings):
+    cache = tf.KVCache(3, HEADS, DIM, V_DIM, capacity=capacity, dtype=dtype, **settings)
     cache.append(*rows(3, 9, dtype), [9, 0, 4])
     return cache
 
@@ -50,6 +50,11 @@ def paged(dtype=np.float32, **settings):
     cache.open()
     cache.free(gone)
     return cache
+
+
+def whole(cache):
+    """All sequences of a cache."""
+    return cache if isinstance(cache, tf.KVCache) else cache[cache.ids]
 
 
 def state(cache):
@@ -103,6 +108,29 @@ def test_pages_come_back(tmp_path, name, settings):
         assert again.pages_free == 30
 
 
+@pytest.mark.parametrize("group", [None, 1])
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_codes_come_back(tmp_path, name, kind, group):
+    """Codes and scales as they were, and what is appended afterwards becomes what it would have become."""
+    pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
+    dtype, way = numpy_type(name), {"quantised": kind, "group": group}
+    for cache, batch in (
+        (contiguous(dtype, **way), 3),
+        (paged(dtype, window=5, anchors=3, pages=12, **way), 3),
+    ):
+        cache.snapshot(tmp_path / "cache")
+        again = type(cache).restore(tmp_path / "cache")
+        options = {"mask": tf.anchors(3, 4)}
+        q = np.ones((batch, HEADS, 1, DIM), dtype)
+        for _ in range(2):
+            assert_same_bits(*(tf.attention(q, whole(one), **options) for one in (cache, again)))
+            assert repr(again) == repr(cache) and again.k.dtype == cache.k.dtype
+            for one in (cache, again):
+                ids = [] if isinstance(one, tf.KVCache) else [one.ids]
+                one.append(*ids, *rows(batch, 3, dtype))
+
+
 def test_each_page_in_use_is_written_once(tmp_path):
     cache = tf.PagedKVCache(HEADS, DIM, V_DIM, page=4, pages=10_000)
     a = cache.open()
@@ -138,7 +166,13 @@ def test_tensors_come_back_as_such(tmp_path):
 
 # ---- what is wrong with a file -------------------------------------------------------------------------------
 
-KINDS = pytest.mark.parametrize(("kind", "made"), [(tf.KVCache, contiguous), (tf.PagedKVCache, paged)])
+MADE = {
+    "one stretch": (tf.KVCache, contiguous),
+    "pages": (tf.PagedKVCache, paged),
+    "one stretch of codes": (tf.KVCache, lambda: contiguous(quantised="int8")),
+    "pages of codes": (tf.PagedKVCache, lambda: paged(quantised="int8", group=1)),
+}
+KINDS = pytest.mark.parametrize(("kind", "made"), MADE.values(), ids=MADE)
 
 
 @pytest.fixture
@@ -203,7 +237,7 @@ def test_a_later_version(place, kind, made, monkeypatch):
     monkeypatch.setattr(snapshot, "VERSION", 7)
     made().snapshot(place)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="by a later version: its format is 7, this version reads 1"):
+    with pytest.raises(ValueError, match="by a later version: its format is 7, this version reads 2"):
         kind.restore(place)
 
 
@@ -218,6 +252,17 @@ def described(place, change):
     checksum = zlib.crc32(text, zlib.crc32(snapshot.MAGIC + snapshot.FIXED.pack(version, len(text), size, 0)))
     fixed = snapshot.FIXED.pack(version, len(text), size, checksum)
     place.write_bytes(snapshot.MAGIC + fixed + text + whole[start + length :])
+
+
+@pytest.mark.parametrize(("kind", "made"), list(MADE.values())[:2], ids=list(MADE)[:2])
+def test_a_file_of_version_1(place, kind, made, monkeypatch):
+    """The format that knew no codes is read as it was."""
+    monkeypatch.setattr(snapshot, "VERSION", 1)
+    made().snapshot(place)
+    described(place, lambda d: [d.pop(name) for name in ("quantised", "group")])
+    monkeypatch.undo()
+    q = np.ones((3, HEADS, 1, DIM), np.float32)
+    assert_same_bits(*(tf.attention(q, whole(one), causal=True) for one in (kind.restore(place), made())))
 
 
 LIES = {
@@ -244,6 +289,27 @@ def test_a_description_that_contradicts_itself(place, change):
     paged().snapshot(place)
     described(place, lambda description: None)
     tf.PagedKVCache.restore(place)  # the checksums are right
+    described(place, change)
+    with pytest.raises(ValueError, match="its description contradicts itself"):
+        tf.PagedKVCache.restore(place)
+
+
+CODED_LIES = {
+    "codes of an unknown type": lambda d: d.update(quantised="int2"),
+    "codes of a type that has none": lambda d: d.update(dtype="float64"),
+    "codes in halves of a byte": lambda d: d.update(quantised="int4"),
+    "other codes": lambda d: d.update(quantised=None),
+    "groups that do not divide": lambda d: d.update(group=3),
+    "groups of nothing": lambda d: d.update(group=0),
+    "no groups": lambda d: d.update(group=None),
+}
+
+
+@pytest.mark.parametrize("change", CODED_LIES.values(), ids=CODED_LIES)
+def test_a_description_of_other_codes(place, change):
+    paged(quantised="int8", group=1).snapshot(place)
+    described(place, lambda description: None)
+    tf.PagedKVCache.restore(place)
     described(place, change)
     with pytest.raises(ValueError, match="its description contradicts itself"):
         tf.PagedKVCache.restore(place)

@@ -76,7 +76,7 @@ def _unpaged(plan: Plan, x: Operands) -> tuple[Plan, Operands]:
     if plan.problem.layout is not Layout.PAGED:
         return plan, x
     p, x = gathered(plan.problem, x)
-    return replace(plan, problem=p, block_k=min(plan.block_k, max(p.kv_len, 1))), x
+    return replace(plan, problem=p), x
 
 
 def _bytes(shapes: Shapes) -> int:

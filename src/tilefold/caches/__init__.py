@@ -7,6 +7,7 @@ pages and what else it holds change no bit of a result, for the core folds keys 
 from .contiguous import KVCache
 from .paged import PagedKVCache
 from .quantised import dequantise, quantise
+from .rotary import Rotary
 from .rows import CacheFull
 
-__all__ = ["CacheFull", "KVCache", "PagedKVCache", "dequantise", "quantise"]
+__all__ = ["CacheFull", "KVCache", "PagedKVCache", "Rotary", "dequantise", "quantise"]

@@ -15,7 +15,8 @@ import numpy as np
 from ..layouts import Stored
 from ..masks import integer
 from .kept import chosen, cut, memory, unmoved
-from .rows import CacheFull, Rows, bits, counted, shortened
+from .rotary import Rotary, keys_turned
+from .rows import CacheFull, New, Rows, bits, by_name, shortened
 
 LEAST = 16  # rows of the first growth
 
@@ -29,6 +30,9 @@ class KVCache:
         capacity: the most rows that each sequence can have; None grows by doubling.
         dtype: float16, bfloat16, float32 or float64; float32 if neither this nor `like` is given.
         like: a NumPy array or a tensor: the cache has its type, and `k` and `v` are of its kind.
+        quantised: "int8", "float8_e4m3fn" or "int4": rows are kept as codes and float32 scales, as `quantise` makes
+            them of each (see docs/quantised.md); they must be finite then. None keeps them as they are.
+        group: how many neighbouring dims of a row share a scale; None: all of them.
 
     In `tilefold.attention` it stands for keys and values at once; queries are ``(batch, heads, Sq, dim)`` and stand at
     the end of each sequence. The result has the bits that plain arrays give. One thread at a time may change a cache,
@@ -45,35 +49,42 @@ class KVCache:
 
     def __init__(
         self, batch: int, kv_heads: int, dim: int, v_dim: int | None = None, *,
-        capacity: int | None = None, dtype: Any = None, like: Any = None,
+        capacity: int | None = None, dtype: Any = None, like: Any = None, quantised: str | None = None,
+        group: int | None = None,
     ) -> None:  # fmt: skip
-        self._rows = Rows.checked(kv_heads, dim, v_dim, dtype, like)
+        self._rows = Rows.checked(kv_heads, dim, v_dim, dtype, like, quantised, group)
         self._batch = integer("batch", batch, 1)
         self._grows = capacity is None
         room = 0 if capacity is None else integer("capacity", capacity, 0)
-        self._k, self._v = self._rows.empty(self._batch, self._rows.kv_heads, room)
+        self._memory = self._rows.empty(self._batch, self._rows.kv_heads, room)
         self._lengths, self._dropped, self._settled = np.zeros((3, self._batch), np.int64)
         self._evicted = False
 
-    def append(self, k: Any, v: Any, lengths: Any = None) -> None:
+    def append(
+        self, k: Any, v: Any, lengths: Any = None, *, cu_seqlens: Any = None, rotary: Rotary | None = None
+    ) -> None:
         """Add rows to the end of every sequence.
 
         Args:
             k, v: ``(batch, kv_heads, S, dim or v_dim)``.
             lengths: how many of the S rows are new, one integer or ``(batch,)``; the rest is padding. By default
                 all are.
+            cu_seqlens: cumulative lengths of sequences whose rows come packed, k and v ``(kv_heads, total, dim or
+                v_dim)``, as `tilefold.attention` takes `cu_seqlens_q`.
+            rotary: a `Rotary`, which turns the keys to the positions that they take; without one they are stored as
+                they come.
 
         Raises:
             CacheFull: beyond a fixed capacity. As after any other error, nothing was written.
         """
-        k, v = self._rows.enter(k, v, self._batch)
-        new = counted(lengths, self._batch, k.shape[2])
-        ends = self._lengths + new
+        new = self._rows.enter(k, v, self._batch, lengths, cu_seqlens)
+        new = self._rows.stored(keys_turned(rotary, new, self.seen_tokens))
+        ends = self._lengths + new.counts
         if (most := int(ends.max())) > self.capacity:
             if not self._grows:
                 raise CacheFull(f"the capacity of the cache is {self.capacity} rows, and {most} are needed")
             self._grow(most)
-        for mine, rows in ((self._k, k), (self._v, v)):
+        for mine, rows in zip(self._memory, new.arrays, strict=True):
             self._write(bits(mine), bits(rows), new)
         self._lengths = ends
 
@@ -119,9 +130,7 @@ class KVCache:
         rows = self._rows
         state = {
             "batch": self._batch,
-            "kv_heads": rows.kv_heads,
-            "dim": rows.dim,
-            "v_dim": rows.v_dim,
+            **rows.state,
             "capacity": None if self._grows else self.capacity,
             "lengths": self._lengths.tolist(),
             "dropped": self._dropped.tolist(),
@@ -138,8 +147,7 @@ class KVCache:
             cache = cls(
                 *file.integers("batch", "kv_heads", "dim", "v_dim"),
                 capacity=file.limit("capacity"),
-                dtype=file.dtype(like),
-                like=like,
+                **file.rows(like),
             )
             lengths = np.array(file.counts("lengths", cache._batch), np.int64)
             if (most := int(lengths.max())) > cache.capacity:
@@ -160,17 +168,29 @@ class KVCache:
         evicted: dict[str, Any] = (
             {"settled": self._settled, "dropped": self._dropped} if self._evicted else {}
         )
-        return Stored(self._k, self._v, self._lengths, **evicted)
+        return Stored(lengths=self._lengths, **by_name(self._memory), **evicted)
 
     @property
     def k(self) -> Any:
-        """The memory of the keys ``(batch, kv_heads, capacity, dim)``; rows from each length on hold anything."""
-        return self._rows.shown(self._k)
+        """The memory of the keys ``(batch, kv_heads, capacity, dim)``, or of their codes; rows from each length on hold
+        anything."""
+        return self._rows.shown(self._memory, "k")
 
     @property
     def v(self) -> Any:
-        """The memory of the values ``(batch, kv_heads, capacity, v_dim)``."""
-        return self._rows.shown(self._v)
+        """The memory of the values ``(batch, kv_heads, capacity, v_dim)``, or of their codes."""
+        return self._rows.shown(self._memory, "v")
+
+    @property
+    def k_scale(self) -> Any:
+        """The memory of the scales of keys ``(batch, kv_heads, capacity)``, with a `group` ``(..., dim / group)``; None
+        where nothing is quantised."""
+        return self._rows.shown(self._memory, "k_scale")
+
+    @property
+    def v_scale(self) -> Any:
+        """The same of the values."""
+        return self._rows.shown(self._memory, "v_scale")
 
     @property
     def lengths(self) -> np.ndarray:
@@ -186,40 +206,37 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """How many rows there is memory for, per sequence."""
-        return int(self._k.shape[2])
+        return int(self._memory[0].shape[2])
 
     @property
     def nbytes(self) -> int:
-        """The memory of keys and values."""
-        return self._k.nbytes + self._v.nbytes
+        """The memory of keys and values, scales included."""
+        return sum(x.nbytes for x in self._memory)
 
     def __repr__(self) -> str:
-        r = self._rows
-        return (
-            f"KVCache(batch={self._batch}, kv_heads={r.kv_heads}, dim={r.dim}, v_dim={r.v_dim}, "
-            f"{r.dtype.name}, rows {self._lengths.min()} to {self._lengths.max()} of {self.capacity})"
-        )
+        lengths = f"rows {self._lengths.min()} to {self._lengths.max()} of {self.capacity}"
+        return f"KVCache(batch={self._batch}, {self._rows}, {lengths})"
 
     def _grow(self, rows: int) -> None:
-        k, v = self._rows.empty(self._batch, self._rows.kv_heads, max(LEAST, 1 << (rows - 1).bit_length()))
+        memory = self._rows.empty(self._batch, self._rows.kv_heads, max(LEAST, 1 << (rows - 1).bit_length()))
         used = int(self._lengths.max())
-        for old, grown in ((self._k, k), (self._v, v)):
+        for old, grown in zip(self._memory, memory, strict=True):
             bits(grown)[:, :, :used] = bits(old)[:, :, :used]
-        self._k, self._v = k, v
+        self._memory = memory
 
-    def _write(self, mine: np.ndarray, rows: np.ndarray, new: np.ndarray) -> None:
-        at, most = self._lengths, int(new.max())
-        if (at == at[0]).all() and (new == most).all():
+    def _write(self, mine: np.ndarray, rows: np.ndarray, new: New) -> None:
+        at, most = self._lengths, int(new.counts.max())
+        if new.ends is None and (at == at[0]).all() and (new.counts == most).all():
             mine[:, :, at[0] : at[0] + most] = rows[:, :, :most]
         elif most == 1:
-            some = np.flatnonzero(new)
-            mine[some, :, at[some]] = rows[some, :, 0]
+            some = np.flatnonzero(new.counts)
+            mine[some, :, at[some]] = new.single(rows)
         else:
-            for n, (start, count) in enumerate(zip(at.tolist(), new.tolist(), strict=True)):
-                mine[n, :, start : start + count] = rows[n, :, :count]
+            for n, (start, count) in enumerate(zip(at.tolist(), new.counts.tolist(), strict=True)):
+                mine[n, :, start : start + count] = new.of(rows, n)
 
     def _pieces(self) -> Iterator[np.ndarray]:
         """The memory in use, in the order of a file."""
-        for mine in (self._k, self._v):
+        for mine in self._memory:
             for n, length in enumerate(self._lengths.tolist()):
                 yield from mine[n, :, :length]

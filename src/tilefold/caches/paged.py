@@ -20,7 +20,8 @@ from ..layouts import Stored
 from ..masks import integer
 from .kept import chosen, cut, memory, unmoved
 from .pool import Pool
-from .rows import Rows, counted, per_sequence, shortened
+from .rotary import Rotary, keys_turned
+from .rows import New, Rows, by_name, per_sequence, shortened
 
 
 @dataclass(slots=True)
@@ -48,6 +49,9 @@ class PagedKVCache:
         like: a NumPy array or a tensor: the cache has its type, and `k` and `v` are of its kind.
         window: only the last so many positions stay (a query sees itself and ``window - 1`` before it); None keeps all.
         anchors: with a `window`, the first so many positions stay too.
+        quantised: "int8", "float8_e4m3fn" or "int4": rows are kept as codes and float32 scales, as `quantise` makes
+            them of each (see docs/quantised.md); they must be finite then. None keeps them as they are.
+        group: how many neighbouring dims of a row share a scale; None: all of them.
 
     ``cache[ids]`` stands for the keys and values of these sequences in `tilefold.attention`; queries are ``(batch,
     heads, Sq, dim)`` and stand at the end of each sequence. One thread at a time may change a cache, and none may while
@@ -70,8 +74,9 @@ class PagedKVCache:
     def __init__(
         self, kv_heads: int, dim: int, v_dim: int | None = None, *, page: int = 128, pages: int | None = None,
         dtype: Any = None, like: Any = None, window: int | None = None, anchors: int = 0,
+        quantised: str | None = None, group: int | None = None,
     ) -> None:  # fmt: skip
-        rows = Rows.checked(kv_heads, dim, v_dim, dtype, like)
+        rows = Rows.checked(kv_heads, dim, v_dim, dtype, like, quantised, group)
         self._window = None if window is None else integer("window", window, 1)
         self._anchors = integer("anchors", anchors, 0)
         if self._anchors and self._window is None:
@@ -103,7 +108,16 @@ class PagedKVCache:
             self._cut(sequence, 0)
             del self._sequences[id]
 
-    def append(self, ids: Any, k: Any, v: Any, lengths: Any = None) -> None:
+    def append(
+        self,
+        ids: Any,
+        k: Any,
+        v: Any,
+        lengths: Any = None,
+        *,
+        cu_seqlens: Any = None,
+        rotary: Rotary | None = None,
+    ) -> None:
         """Add rows to the end of sequences.
 
         Args:
@@ -111,6 +125,10 @@ class PagedKVCache:
             k, v: ``(len(ids), kv_heads, S, dim or v_dim)``.
             lengths: how many of the S rows are new, one integer or ``(len(ids),)``; the rest is padding. By default
                 all are.
+            cu_seqlens: cumulative lengths of sequences whose rows come packed, k and v ``(kv_heads, total, dim or
+                v_dim)``, as `tilefold.attention` takes `cu_seqlens_q`.
+            rotary: a `Rotary`, which turns the keys to the positions that they take; without one they are stored as
+                they come.
 
         Raises:
             CacheFull: a fixed number of pages does not suffice. As after any other error, nothing was written.
@@ -118,17 +136,19 @@ class PagedKVCache:
         With a `window`, what no query at these positions or later can see is given back first.
         """
         sequences = list(self._named(ids, distinct=True).values())
-        k, v = self._pool.rows.enter(k, v, len(sequences))
-        new = counted(lengths, len(sequences), k.shape[2])
-        growing = [(s, int(n)) for s, n in zip(sequences, new, strict=True) if n]
-        self._pool.reserve(self._needed(growing))
+        new = self._pool.rows.enter(k, v, len(sequences), lengths, cu_seqlens)
         starts = [sequence.length for sequence in sequences]
+        new = self._pool.rows.stored(
+            keys_turned(rotary, new, np.array([s.length + s.dropped for s in sequences], np.int64))
+        )
+        growing = [(s, int(n)) for s, n in zip(sequences, new.counts, strict=True) if n]
+        self._pool.reserve(self._needed(growing))
         for sequence, _ in growing:
             self._give_back(sequence)
         try:
             for sequence, count in growing:
                 self._extend(sequence, count)
-            self._write(sequences, starts, new, k, v)
+            self._write(sequences, starts, new)
         except BaseException:
             for sequence, start in zip(sequences, starts, strict=True):
                 self._cut(sequence, start)
@@ -232,9 +252,7 @@ class PagedKVCache:
         filled = self._filled()
         number = {page: n for n, page in enumerate(filled)}
         state = {
-            "kv_heads": rows.kv_heads,
-            "dim": rows.dim,
-            "v_dim": rows.v_dim,
+            **rows.state,
             "page": pool.page,
             "pages": pool.limit,
             "window": self._window,
@@ -261,8 +279,8 @@ class PagedKVCache:
                 "kv_heads", "dim", "v_dim", "page", "anchors", "next"
             )
             cache = cls(
-                kv_heads, dim, v_dim, page=page, pages=file.limit("pages"), dtype=file.dtype(like), like=like,
-                window=file.limit("window"), anchors=anchors,
+                kv_heads, dim, v_dim, page=page, pages=file.limit("pages"), window=file.limit("window"),
+                anchors=anchors, **file.rows(like),
             )  # fmt: skip
             filled = file.counts("filled")
             file.expect(all(0 < rows <= page for rows in filled), "a page has more rows than fit, or none")
@@ -313,23 +331,34 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """The memory of all pages, free ones included."""
-        return self._pool.k.nbytes + self._pool.v.nbytes
+        """The memory of all pages, free ones and scales included."""
+        return sum(x.nbytes for x in self._pool.memory)
 
     @property
     def k(self) -> Any:
-        """The memory of the keys ``(pages, kv_heads, page, dim)``; rows that no sequence has hold anything."""
-        return self._pool.rows.shown(self._pool.k)
+        """The memory of the keys ``(pages, kv_heads, page, dim)``, or of their codes; rows that no sequence has hold
+        anything."""
+        return self._pool.rows.shown(self._pool.memory, "k")
 
     @property
     def v(self) -> Any:
-        """The memory of the values ``(pages, kv_heads, page, v_dim)``."""
-        return self._pool.rows.shown(self._pool.v)
+        """The memory of the values ``(pages, kv_heads, page, v_dim)``, or of their codes."""
+        return self._pool.rows.shown(self._pool.memory, "v")
+
+    @property
+    def k_scale(self) -> Any:
+        """The memory of the scales of keys ``(pages, kv_heads, page)``, with a `group` ``(..., dim / group)``; None
+        where nothing is quantised."""
+        return self._pool.rows.shown(self._pool.memory, "k_scale")
+
+    @property
+    def v_scale(self) -> Any:
+        """The same of the values."""
+        return self._pool.rows.shown(self._pool.memory, "v_scale")
 
     def __repr__(self) -> str:
-        r = self._pool.rows
         return (
-            f"PagedKVCache(kv_heads={r.kv_heads}, dim={r.dim}, v_dim={r.v_dim}, {r.dtype.name}, "
+            f"PagedKVCache({self._pool.rows}, "
             f"{len(self._sequences)} sequences in {self.pages_used} of {self._pool.pages} pages of {self.page})"
         )
 
@@ -430,20 +459,18 @@ class PagedKVCache:
         while len(s.pages) * self.page < s.length:
             s.pages.append(self._pool.take())
 
-    def _write(
-        self, sequences: list[_Sequence], starts: list[int], new: np.ndarray, k: np.ndarray, v: np.ndarray
-    ) -> None:
-        if new.max(initial=0) == 1:
-            some = np.flatnonzero(new)
+    def _write(self, sequences: list[_Sequence], starts: list[int], new: New) -> None:
+        if new.counts.max(initial=0) == 1:
+            some = np.flatnonzero(new.counts)
             places = [
                 sequences[n].pages[starts[n] // self.page] * self.page + starts[n] % self.page for n in some
             ]
-            self._pool.write(np.array(places), k[some, :, 0], v[some, :, 0])
+            self._pool.write(np.array(places), *(new.single(x) for x in new.arrays))
             return
         for n, (s, start) in enumerate(zip(sequences, starts, strict=True)):
             at = np.arange(start, s.length)
             at = np.asarray(s.pages, np.int64)[at // self.page] * self.page + at % self.page
-            self._pool.write(at, *(x[n, :, : len(at)].swapaxes(0, 1) for x in (k, v)))
+            self._pool.write(at, *(new.of(x, n).swapaxes(0, 1) for x in new.arrays))
 
     def _cut(self, s: _Sequence, length: int) -> None:
         """Make a sequence end at `length`, without the pages behind it."""
@@ -465,7 +492,7 @@ class PagedKVCache:
 
     def _pieces(self, filled: dict[int, int]) -> Iterator[np.ndarray]:
         """The rows of these pages, in the order of a file."""
-        for x in (self._pool.k, self._pool.v):
+        for x in self._pool.memory:
             for page, rows in filled.items():
                 yield from (head[:rows] for head in x[page])
 
@@ -482,7 +509,10 @@ class PagedKVCache:
                 name: np.array([getattr(s, name) for s in sequences], np.int64)
                 for name in ("settled", "dropped")
             }
-        return Stored(self._pool.k, self._pool.v, lengths, table, first, self._anchors, cascade, **evicted)
+        return Stored(
+            lengths=lengths, table=table, first=first, kept=self._anchors, cascade=cascade,
+            **by_name(self._pool.memory), **evicted,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

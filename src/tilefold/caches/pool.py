@@ -2,7 +2,8 @@
 
 Stored as ``(pages, kv_heads, page, dim)``, so that the rows of a head lie one after another within a page. Decoding
 reads head by head: with the heads of a row together each row would lie in a page of memory of its own, and took 1.7
-times as long. The lowest free page is given first. The fact to know: nothing here fails halfway. `reserve` is what may
+times as long. Scales of codes lie beside them, ``(pages, kv_heads, page)`` or with a last axis of groups. The lowest
+free page is given first. The fact to know: nothing here fails halfway. `reserve` is what may
 fail, and it is asked before anything is changed.
 """
 
@@ -24,7 +25,7 @@ class Pool:
         self.rows, self.page, self.limit = rows, page, limit
         self.holders: list[int] = []
         self._free: list[int] = []
-        self.k, self.v = rows.empty(0, rows.kv_heads, page)
+        self.memory = rows.empty(0, rows.kv_heads, page)
         self._allocate(0 if limit is None else limit)
 
     @property
@@ -68,22 +69,22 @@ class Pool:
     def copied(self, page: int, rows: int) -> int:
         """A page of one's own in exchange for a shared one, with its first rows."""
         own = self.take()
-        for x in (bits(self.k), bits(self.v)):
+        for x in map(bits, self.memory):
             x[own, :, :rows] = x[page, :, :rows]
         self.drop(page)
         return own
 
-    def write(self, at: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-        """Rows ``(n, kv_heads, dim)`` to the places `at` ``(n,)``: page times size of a page, plus row."""
+    def write(self, at: np.ndarray, *stored: np.ndarray) -> None:
+        """Rows ``(n, kv_heads, ...)`` to the places `at` ``(n,)``: page times size of a page, plus row."""
         pages, places = np.divmod(at, self.page)
-        for mine, rows in ((self.k, k), (self.v, v)):
+        for mine, rows in zip(self.memory, stored, strict=True):
             bits(mine)[pages, :, places] = bits(rows)
 
     def _allocate(self, pages: int) -> None:
-        k, v = self.rows.empty(pages, self.rows.kv_heads, self.page)
+        memory = self.rows.empty(pages, self.rows.kv_heads, self.page)
         had = self.pages
-        for old, grown in ((self.k, k), (self.v, v)):
+        for old, grown in zip(self.memory, memory, strict=True):
             bits(grown)[:had] = bits(old)
-        self.k, self.v = k, v
+        self.memory = memory
         self.holders += [0] * (pages - had)
         self._free += range(had, pages)  # higher than any page before: still a heap

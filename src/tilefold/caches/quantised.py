@@ -5,8 +5,9 @@ is 0, and nothing is shifted. The fact to know: attention over codes has the bit
 gives, so all that quantising costs is decided here. Codes, too, are never dequantised as a whole: the native core
 decodes a block of keys when it comes to it.
 
-A cache of codes is an object whose method `stored` gives `layouts.Stored` with `k_scale` and `v_scale`: it writes
-``quantise(rows, kind)`` where it would write rows, and has room for one scale beside each row and head.
+`KVCache` and `PagedKVCache` do so to what is appended where they are made with ``quantised=``. Any other object whose
+method `stored` gives `layouts.Stored` with `k_scale` and `v_scale` is a cache of codes too: it writes ``quantise(rows,
+kind)`` where it would write rows, and has room for one scale beside each row and head.
 """
 
 from __future__ import annotations
@@ -43,22 +44,29 @@ def quantise(x: Any, kind: str = "int8", *, group: int | None = None) -> tuple[A
     >>> codes, scales * 127
     (array([[  64, -127,   33,    0]], dtype=int8), array([1.], dtype=float32))
     """
-    code = _named(kind)
+    code = named("kind", kind)
     array = enter_floats("x", x)
     if array.ndim < 1:
         raise ValueError("x must have at least one dimension, got a single number")
-    dim = array.shape[-1]
-    groups, size = _groups(group, dim, code)
+    codes, scale = coded("x", array, code, group, array_type(code.array, x))
+    return leave(x, codes), leave(x, scale)
+
+
+def coded(
+    name: str, x: np.ndarray, code: Code, group: int | None, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `quantise` does to the argument `name`; `dtype` is the type of the codes' array."""
+    groups, size = groups_of(name, x.shape[-1], code, group)
     with np.errstate(over="ignore"):
-        numbers = array.astype(np.float32).reshape(*array.shape[:-1], groups, size)
+        numbers = x.astype(np.float32).reshape(*x.shape[:-1], groups, size)
     top = np.abs(numbers).max(axis=-1, initial=0)
     if not np.isfinite(top).all():
-        raise ValueError("x must be finite in float32, got NaN or infinity")
+        raise ValueError(f"{name} must be finite in float32, got NaN or infinity")
     scale = top / np.float32(code.largest)
     scale[scale < np.finfo(np.float32).tiny / code.least] = 0
     numbers /= np.where(scale > 0, scale, np.float32(np.inf))[..., None]
-    codes = _rounded(numbers, code, x).reshape(*array.shape[:-1], dim // code.each)
-    return leave(x, codes), leave(x, scale[..., 0] if group is None else scale)
+    codes = _rounded(numbers, code, dtype).reshape(*x.shape[:-1], x.shape[-1] // code.each)
+    return codes, scale[..., 0] if group is None else scale
 
 
 def dequantise(codes: Any, scales: Any, dtype: Any = "float32") -> Any:
@@ -87,37 +95,38 @@ def dequantise(codes: Any, scales: Any, dtype: Any = "float32") -> Any:
             f"got {scale.shape}"
         )
     name = str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype
-    to = _array_type(name, codes) if isinstance(name, str) else np.dtype(name)
+    to = array_type(name, codes) if isinstance(name, str) else np.dtype(name)
     if not known(to) or to == np.float64:
         raise TypeError(f"dtype must be float16, bfloat16 or float32, got {to}")
     return leave(codes, decoded(array, scale, to))
 
 
-def _named(kind: Any) -> Code:
+def named(name: str, kind: Any) -> Code:
+    """The codes that the argument `name` asks for."""
     if not isinstance(kind, str):
-        raise TypeError(f"kind must be the name of a type, got {type(kind).__name__}")
+        raise TypeError(f"{name} must be the name of a type, got {type(kind).__name__}")
     if kind not in CODES:
-        raise ValueError(f"kind must be {', '.join(map(repr, CODES))}, got {kind!r}")
+        raise ValueError(f"{name} must be {', '.join(map(repr, CODES))}, got {kind!r}")
     return CODES[kind]
 
 
-def _groups(group: Any, dim: int, code: Code) -> tuple[int, int]:
-    """How many groups of dims share a scale, and the dims of each."""
+def groups_of(name: str, dim: int, code: Code, group: Any) -> tuple[int, int]:
+    """How many groups the `dim` dims of the argument `name` fall into, each with a scale, and the dims of a group."""
     size = dim if group is None else integer("group", group, 1)
     if group is not None and dim % size:
-        raise ValueError(f"group must divide the {dim} dims of x, got {group}")
+        raise ValueError(f"group must divide the {dim} dims of {name}, got {group}")
     if dim % code.each:
-        raise ValueError(f"x must have an even number of dims for {code.name}, got {dim}")
+        raise ValueError(f"{name} must have an even number of dims for {code.name}, got {dim}")
     if size % code.each:
         raise ValueError(f"group must be even for {code.name}, got {group}")
     return 1 if group is None else dim // size, size
 
 
-def _rounded(ratios: np.ndarray, code: Code, like: Any) -> np.ndarray:
+def _rounded(ratios: np.ndarray, code: Code, dtype: np.dtype) -> np.ndarray:
     """Codes ``(..., groups, size / each)`` of numbers within +-`largest`, but for a rounding."""
     np.clip(ratios, -code.largest, code.largest, out=ratios)
     if code.name == "float8_e4m3fn":
-        return ratios.astype(_array_type(code.array, like))
+        return ratios.astype(dtype)
     codes: np.ndarray = np.rint(ratios, out=ratios).astype(np.int8)
     if code.each == 1:
         return codes
@@ -126,7 +135,7 @@ def _rounded(ratios: np.ndarray, code: Code, like: Any) -> np.ndarray:
     return packed
 
 
-def _array_type(name: str, like: Any) -> np.dtype:
+def array_type(name: str, like: Any) -> np.dtype:
     """A NumPy type from its name; for a tensor `like`, types that NumPy does not have are brought."""
     try:
         own: np.dtype = np.dtype(name)

@@ -6,11 +6,11 @@ one step; a crash at any time leaves the older file as it was, and perhaps a `.p
     magic     16 bytes    ends with a carriage return and a line feed, which text modes would change
     fixed     version, bytes of state, bytes of payload; the checksum (CRC-32) of magic, these numbers and the state
     state     JSON: kind, dtype, byte order, and what the cache says of itself
-    payload   the rows in use, as they lie in memory: keys, then values
+    payload   the rows in use, as they lie in memory: keys, then values, then of codes the scales of both
     end       the checksum of the payload
 
 The fact to know: magic and fixed part are the same in every version, so that a newer file can be told from a damaged
-one.
+one. Version 2 has quantised rows; a file of version 1 has none, and is read as before.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from typing import IO, Any, NoReturn, Self
 
 import numpy as np
 
-from ..dtypes import ROWS
+from ..dtypes import CODES, ROWS
+from .quantised import groups_of
 from .rows import bits
 
 MAGIC = b"tilefold cache\r\n"
-VERSION = 1
+VERSION = 2
 FIXED = struct.Struct("<IQQI")  # version, bytes of state, bytes of payload, checksum
 END = struct.Struct("<I")
 
@@ -159,16 +160,25 @@ class Reader:
             self.refuse(f"its description contradicts itself: {name} is {x!r}")
         return x
 
-    def dtype(self, like: Any) -> str | None:
-        """The type of the rows; None where `like` has it."""
-        name = self.state.get("dtype")
+    def rows(self, like: Any) -> dict[str, Any]:
+        """What rows are, as a cache takes it: `dtype` or `like`, `quantised` and `group`."""
+        name, code = self.state.get("dtype"), self.state.get("quantised")
         self.expect(name in ROWS, f"there is no type {name!r}")
+        self.expect(code is None or (code in CODES and name != "float64"), f"{name} is not kept as {code!r}")
+        group = self.limit("group")
+        if code is None:
+            self.expect(group is None, f"there are groups of {group} where nothing is quantised")
+        else:
+            for dim in self.integers("dim", "v_dim"):
+                try:
+                    groups_of("a row", dim, CODES[code], group)
+                except ValueError as wrong:
+                    self.expect(False, str(wrong))
         if like is not None:
             other = str(like.dtype).removeprefix("torch.")
             if other != name:
                 raise TypeError(f"like must be {name} as the snapshot {self.path} is, got {other}")
-            return None
-        return str(name)
+        return {"dtype": name if like is None else None, "like": like, "quantised": code, "group": group}
 
     def sequences(self, last: int, page: int, filled: Any) -> Iterator[tuple[int, int, int, Any]]:
         """(id, length, first, pages) of each sequence of a paged cache; `filled` are the rows of its pages."""

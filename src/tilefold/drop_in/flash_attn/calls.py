@@ -2,7 +2,8 @@
 
 All tensors are (..., length, heads, dim) here, and become (..., heads, length, dim) by a view. Packed sequences may
 leave rows unused at their ends (`seqused`): then the rows in use are gathered into a private copy, O(n), and nothing
-else is read. Pages are read where they lie, but for packed queries. Rows of no sequence come back as 0, their lse -inf.
+else is read. Pages are read where they lie, but for packed queries that a gradient may be asked of, or that have ALiBi
+slopes of each sequence. Rows of no sequence come back as 0, their lse -inf.
 """
 
 from __future__ import annotations
@@ -104,12 +105,12 @@ def _called(
 
 @dataclass(slots=True)
 class Pages:
-    """A cache in pages, as `tilefold.attention` takes it."""
+    """A cache in pages, or without a table in a stretch for each sequence, as `tilefold.attention` takes it."""
 
     k: Tensor
     v: Tensor
     lengths: Tensor
-    table: Tensor
+    table: Tensor | None
 
     def stored(self) -> Stored:
         return Stored(self.k, self.v, self.lengths, self.table)
@@ -229,14 +230,34 @@ def ragged(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of sequences that lie anywhere: out where q lies; lse (heads, total) if that is packed, else
     (B, heads, q_len)."""
-    if queries.batch and keys.table is not None:
-        pages = Pages(k.transpose(1, 2), v.transpose(1, 2), keys.counts, keys.table)
-        return dense(q, pages, None, scores, want_lse, queries.counts if queries.index is None else None)
     if queries.batch and keys.batch:
         ends = (side.counts if side.index is None else None for side in (queries, keys))
         return dense(q, k, v, scores, want_lse, *ends)
-    out, lse = packed(queries.take(q), keys.take(k), keys.take(v), queries.ends, keys.ends, scores, want_lse)
+    pages = None
+    if keys.table is not None or keys.batch:
+        pages = Pages(k.transpose(1, 2), v.transpose(1, 2), keys.counts, keys.table)
+    if queries.batch and pages is not None:
+        return dense(q, pages, None, scores, want_lse, queries.counts if queries.index is None else None)
+    if pages is not None and _reads_packed(q, k, v, scores):
+        options = scores.options() | {"cu_seqlens_q": queries.ends}
+        if scores.alibi is not None:
+            options["alibi"] = scores.alibi
+        out, lse = _called(queries.take(q).transpose(0, 1), pages, None, options, want_lse)
+        out = out.transpose(0, 1)
+    else:
+        rows = queries.take(q), keys.take(k), keys.take(v)
+        out, lse = packed(*rows, queries.ends, keys.ends, scores, want_lse)
     out = queries.give(out, 0.0)
     if lse is None:
         return out, None
     return out, queries.give(lse.transpose(0, 1), float("-inf")).transpose(-1, -2).contiguous()
+
+
+def _reads_packed(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> bool:
+    """Whether packed queries can be folded over keys in a cache: no gradient, and one set of slopes for all."""
+    import torch
+
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v) if x is not None)
+    sinks = scores.sinks is not None and torch.is_grad_enabled() and scores.sinks.requires_grad
+    slopes = scores.alibi is not None and scores.alibi.ndim > 1
+    return not (graded or sinks or slopes or is_traced(q))

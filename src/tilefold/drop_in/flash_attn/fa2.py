@@ -217,7 +217,7 @@ def flash_attn_with_kvcache(
     seen = sight.fa2(causal, window_size, store.capacity)
     slopes = checks.slopes(alibi_slopes, len(q), q.shape[2])
     scores = Scores(sight=seen, scale=softmax_scale, softcap=max(softcap, 0.0), alibi=slopes)
-    rotary = kvcache.rotary_of(rotary_cos, rotary_sin, rotary_interleaved)
+    rotary = kvcache.tables_of(rotary_cos, rotary_sin, rotary_interleaved)
     out, lse, counts = kvcache.attend(store, q, k, v, cache_seqlens, scores, rotary, return_softmax_lse)
     if not return_softmax_lse:
         return out

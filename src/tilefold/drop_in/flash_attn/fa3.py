@@ -192,7 +192,7 @@ def flash_attn_with_kvcache(
         q_most = checks.maximum("max_seqlen_q", max_seqlen_q, q_ends[1:] - q_ends[:-1])
     seen = sight.fa3(causal, window_size, q_most, store.capacity)
     scores = _scores(seen, softmax_scale, softcap, attention_chunk)
-    rotary = kvcache.rotary_of(rotary_cos, rotary_sin, rotary_interleaved)
+    rotary = kvcache.tables_of(rotary_cos, rotary_sin, rotary_interleaved)
     out, lse, _ = kvcache.attend(
         store, q, k, v, cache_seqlens, scores, rotary, return_softmax_lse, q_ends, new_ends, start
     )

@@ -1,8 +1,9 @@
 """A call over a key and value cache: append in place, rotate, attend. Shared by versions 2 and 3.
 
 Everything is checked before a row is written, and what was written is taken back if the call ends in an error, so a
-cache never holds half a step. The cache is read where it lies, in pages too. Copies are made of pages for packed
-queries, of the rows in use only, and of sequences picked by an index that is no range, up to the longest in use.
+cache never holds half a step. The cache is read where it lies, in pages too. Copies are made of sequences picked by an
+index that is no range, up to the longest in use, and of rows in use where packed queries have slopes of each sequence
+or left padding.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...arrays import enter, leave
+from ...caches import Rotary
 from ...masks import lengths
 from . import checks
 from .calls import Scores, Side, dense, in_batch, in_pages, in_row, ragged, steps
@@ -18,31 +21,15 @@ Tensor = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Rotary:
-    """Tables of cosines and sines (positions, rotary_dim / 2), and which dimensions make a pair."""
+class Tables:
+    """Cosines and sines (positions, rotary_dim / 2), and which dimensions make a pair."""
 
     cos: Tensor
     sin: Tensor
     interleaved: bool
 
-    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
-        """`x` (..., heads, dim) turned to the positions `at` (...), in float32 or wider; the rest of dim as it is."""
-        import torch
-
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = (table[at][..., None, :].to(wide) for table in (self.cos, self.sin))
-        half = cos.shape[-1]
-        pairs = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        if not self.interleaved:
-            pairs = (slice(0, half), slice(half, 2 * half))
-        a, b = (x[..., part].to(wide) for part in pairs)
-        turned = x.clone()
-        turned[..., pairs[0]] = (a * cos - b * sin).to(x.dtype)
-        turned[..., pairs[1]] = (a * sin + b * cos).to(x.dtype)
-        return turned
-
-    def check(self, q: Tensor, last: int) -> None:
-        """TypeError or ValueError unless the tables fit q and reach position `last`."""
+    def checked(self, q: Tensor, last: int) -> Rotary:
+        """The rotation that they are; TypeError or ValueError unless they fit q and reach position `last`."""
         checks.floats(q=q, rotary_cos=self.cos, rotary_sin=self.sin)
         checks.shape("rotary_cos", self.cos, "positions", "rotary_dim / 2")
         checks.shape("rotary_sin", self.sin, *self.cos.shape)
@@ -52,12 +39,13 @@ class Rotary:
             )
         if last >= len(self.cos):
             raise ValueError(f"rotary_cos must reach position {last}, got {len(self.cos)} positions")
+        return Rotary(self.cos, self.sin, interleaved=self.interleaved)
 
 
-def rotary_of(cos: Any, sin: Any, interleaved: bool) -> Rotary | None:
+def tables_of(cos: Any, sin: Any, interleaved: bool) -> Tables | None:
     if (cos is None) != (sin is None):
         raise TypeError("rotary_cos and rotary_sin come together")
-    return None if cos is None else Rotary(cos, sin, bool(interleaved))
+    return None if cos is None else Tables(cos, sin, bool(interleaved))
 
 
 class Store:
@@ -125,7 +113,7 @@ class Store:
 
 def attend(
     store: Store, q: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: Any, scores: Scores,
-    rotary: Rotary | None, want_lse: bool, q_ends: Tensor | None = None, new_ends: Tensor | None = None,
+    rotary: Tables | None, want_lse: bool, q_ends: Tensor | None = None, new_ends: Tensor | None = None,
     rotary_from: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Append, rotate, attend: out, the natural lse, and how many keys each sequence had.
@@ -205,7 +193,7 @@ def _check_lengths(store: Store, before: Tensor, after: Tensor) -> None:
 
 
 def _rotated(
-    rotary: Rotary, scores: Scores, q: Tensor, k: Tensor, queries: Side, new: Side, start: Tensor
+    rotary: Tables, scores: Scores, q: Tensor, k: Tensor, queries: Side, new: Side, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     """q and k turned to their positions, which count from `start`."""
     import torch
@@ -220,8 +208,10 @@ def _rotated(
     steady = not (scores.sight.causal or scores.sight.local or scores.hidden is not None)
     q_at, k_at = at(queries, steady), at(new, False)
     last = max((int(x.max()) for x in (q_at, k_at) if x.numel()), default=-1)
-    rotary.check(q, last)
-    return rotary.rotate(q, q_at), rotary.rotate(k, k_at)
+    turn = rotary.checked(q, last)
+    rows = (("q", q, q_at), ("k", k, k_at))
+    q, k = (leave(x, turn.turned(name, enter(name, x), to.numpy()[..., None])) for name, x, to in rows)
+    return q, k
 
 
 def _attended(
