@@ -9,7 +9,7 @@ SHOWN = {
     "neighbours": "on neighbours",
     "itself": "on itself",
 }
-COLORS = 128
+COLORS = 256
 COLLAPSED = np.log(2)  # nats: fewer than two keys
 
 
@@ -94,5 +94,5 @@ def drawn(reading, runs, path):
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(COLORS)  # a third of the bytes
+        small = image.convert("RGB").quantize(COLORS, Image.Quantize.MAXCOVERAGE)  # a third of the bytes
     small.save(path, optimize=True)
