@@ -9,7 +9,7 @@ SHOWN = {
     "neighbours": "on neighbours",
     "itself": "on itself",
 }
-COLORS = 128
+COLORS = 256
 COLLAPSED = np.log(2)  # nats: fewer than two keys
 
 
@@ -44,14 +44,14 @@ def curves(axes, run, title):
     axes.text(
         run.steps[-1], COLLAPSED, "two keys alike ", color="#d1495b", fontsize=7, ha="right", va="bottom"
     )
-    axes.set(xlabel="step", ylim=(0, None))
+    axes.set(xlabel="step", ylim=(0, 1.25 * entropy.max()))
     axes.set_ylabel("entropy, nats", fontsize=9)
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(fontsize=7, loc="upper right", ncols=2)
     loss = axes.twinx()
     loss.plot(range(1, len(run.losses) + 1), run.losses, color="#8d96a3", linewidth=0.7)
     loss.set_ylabel("loss, nats a byte", fontsize=9, color="#6b7480")
-    loss.set_ylim(0, None)
+    loss.set_ylim(0, 1.25 * run.losses[0])  # what it may leap to in the first steps is cut off
 
 
 def lost(axes, run):
@@ -94,5 +94,5 @@ def drawn(reading, runs, path):
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(COLORS)  # a third of the bytes
+        small = image.convert("RGB").quantize(COLORS, Image.Quantize.MAXCOVERAGE)  # a third of the bytes
     small.save(path, optimize=True)

@@ -83,18 +83,23 @@ def said_of_training(runs):
     )
     table(calm.after)
     said_of(calm.after, calm.context)
-    gained = calm.after.neighbours + calm.after.itself - calm.before.neighbours - calm.before.itself
+    near = np.stack(calm.near)
+    gained = near[-1] - near[0]
     print(
-        f"learned  the attention within {NEAR} positions changed by {gained.mean():+.1%}, at most {gained.max():+.1%}"
+        f"learned  attention within {NEAR} positions: {gained.mean():+.1%} on average, {gained.max():+.1%} at most"
     )
+    if (local := near > 0.5).any():
+        at = int(local.any(axis=(1, 2)).argmax())
+        print(f"while    the first head is local at step {calm.steps[at]}: {listed(local[at])}")
     kept, prompt = calm.kept
     print(
         f"\nEviction: what keeping {kept} of a prompt's {prompt} keys loses of the attention of the queries after it"
     )
+    local = calm.after.kinds == "local"
     for choice, lost in calm.lost.items():
-        print(
-            f"{choice:<22}{lost.mean():>6.1%} on average{lost.max():>8.1%} in the worst head, {name(most(lost))}"
-        )
+        parts = (("local heads", lost[local]), ("the others", lost[~local]))
+        means = "".join(f"   {whose} {x.mean():>6.1%}" for whose, x in parts if x.size)
+        print(f"{choice:<21}{means}   head {name(most(lost))} {lost.max():>6.1%} at worst")
     print("\nEntropy while training")
     for run in runs:
         said_of_entropy(run)
@@ -147,25 +152,15 @@ def main():
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--rate", type=float, default=2e-3, help="the learning rate, warmed up for 20 steps")
     options.add_argument("--fast", type=float, default=2e-2, help="one that is too high, and not warmed up")
-    options.add_argument("--fast-steps", type=int, default=300)
     options.add_argument("--every", type=int, default=20, help="steps from one look at entropies to the next")
     options.add_argument("--picture", type=Path, default=HERE.parents[1] / "docs" / "study.png")
     options.add_argument("--quick", action="store_true", help="one window, 12 steps, --context 128 --every 2")
     args = options.parse_args()
     if args.quick:
-        args.windows, args.steps, args.fast_steps, args.context, args.every = 1, 12, 12, 128, 2
-    for option, low in (
-        ("windows", 1),
-        ("steps", 1),
-        ("fast_steps", 1),
-        ("context", 64),
-        ("batch", 1),
-        ("every", 1),
-    ):
+        args.windows, args.steps, args.context, args.every = 1, 12, 128, 2
+    for option, low in (("windows", 1), ("steps", 1), ("context", 64), ("batch", 1), ("every", 1)):
         if getattr(args, option) < low:
-            raise SystemExit(
-                f"--{option.replace('_', '-')} must be at least {low}, got {getattr(args, option)}."
-            )
+            raise SystemExit(f"--{option} must be at least {low}, got {getattr(args, option)}.")
 
     reading, runs = None, []
     if "minilm" in args.models:
