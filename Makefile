@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo 
 TEST_EXTRAS ?= test
 MODEL_EXTRAS := cli,transformers
 SECONDS ?= 60
-TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py
+TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py tests/laws/test_probes.py
 comma := ,
 
 python := .venv/bin/python

@@ -24,6 +24,23 @@ struct Pages {
     int64_t group;
 };
 
+// What a fold tells of each query row on its way (stats.inl), and where that goes: arrays in the
+// accumulate type that lie as lse does, of which a unit has its own part, null where nobody asks. `top` is
+// how many scores of a row are listed, in lists of whole steps, and their keys in integers as wide. A region
+// is another mask, of which the mass is told: `spans` spans for each of `rows` rows, one region after
+// another, and so the masses, `step` apart.
+constexpr int MOST_REGIONS = 8, LIST_STEP = 16;
+struct RowTaps {
+    bool any;
+    int64_t top;
+    int64_t regions, spans, rows, step;
+};
+struct RowSeen {
+    void *entropy, *peak, *distance, *mass, *top_scores, *top_keys;
+    const int64_t *lo, *hi;  // spans of regions, from first_row
+    int64_t first_key;       // what key 0 is called
+};
+
 // The facts of a call that every piece of it shares. Query rows are counted through the heads that share a
 // key head: row r is query r / group of head r % group, so that neighbours in a tile see nearly the same
 // keys.
@@ -40,6 +57,7 @@ struct Call {
     Pages k_pages, v_pages;  // with pages only
     DType kv_type;           // of keys and values: that of the queries, or codes
     bool pack_keys;          // keys are copied into panels too, not only values
+    RowTaps taps;
 };
 
 // Converted keys and values of one key head, filled block by block by whoever needs a block first.
@@ -66,6 +84,7 @@ struct Unit {
     const double *alibi, *sinks;     // per head of the group, null without
     int32_t* infinite;               // set to 1 where the highest score of a row is +inf
     Panel panel;                     // null pointers where nothing is packed for several tiles
+    RowSeen seen;
 };
 
 // One thread's memory and its line to the outside.
@@ -106,6 +125,39 @@ struct GradPiece {
     int64_t segment, keys;  // which one, and keys per segment
 };
 
+// What sweep two pools over the rows of one query head (taps.inl). A pool is per key, in double: a sum, or
+// the highest; `factors` say how much each query counts, null: all alike. A map has bins [rows][cols] that
+// end where its ends say, a count of bins and 1 more of each; `aside` is [segments][rows]. Cells are copied
+// for the rows that have a slot.
+constexpr int MOST_POOLS = 8;
+struct KeyPool {
+    const double* factors;
+    double* to;
+    bool highest;
+};
+struct MapPool {
+    const int64_t *row_ends, *col_ends;
+    int64_t rows, cols;
+    double *to, *aside;
+    bool highest;
+};
+struct CellPool {
+    const int64_t* slots;  // per query, −1 none
+    int64_t k0, k1;
+    void* to;  // in the accumulate type, [slots][pitch]
+    int64_t pitch;
+};
+struct KeyTaps {
+    int pools, maps, cells;
+    KeyPool pool[MOST_POOLS];
+    MapPool map[MOST_POOLS];
+    CellPool cell[MOST_POOLS];
+};
+struct TapPiece {
+    int64_t r0, r1;
+    int64_t segment;
+};
+
 // Keys per block and per segment of the backward pass: what a worker keeps of dk, dv and packed keys fits the
 // second cache.
 constexpr int64_t GRAD_BLOCK = 128;
@@ -134,6 +186,8 @@ struct Kernels {
     int64_t (*grad_scratch)(const Call&);
     // Adds this segment to dq, and writes its dk and dv.
     void (*grad)(const Call&, const Unit&, const GradCall&, const GradUnit&, const GradPiece&, Worker&);
+    int64_t (*tap_scratch)(const Call&, const KeyTaps&);  // of which the counts are looked at
+    void (*tap)(const Call&, const Unit&, const KeyTaps&, const TapPiece&, Worker&);
     // Merge the states of `segments` segments, `stride` bytes apart, and finalize.
     void (*join)(const Call&, const Unit&, const Piece&, int64_t segments, int64_t stride);
 };

@@ -31,19 +31,6 @@ struct Packing {
     static constexpr int multiple = K::PAIR * K::DEPTH;
 };
 
-// Two states become one: the maximum of both, and what each side is multiplied by. The monoid's only formula.
-template <class E>
-struct Meeting {
-    Vec<E> max, keep, gain;
-
-    TILEFOLD_INLINE Meeting(Vec<E> a, Vec<E> b) : max(::max(a, b)) {
-        const Vec<E> shift = shift_of<E>(max);
-        keep = exp<E>(a - shift);
-        gain = exp<E>(b - shift);
-    }
-    TILEFOLD_INLINE Vec<E> operator()(Vec<E> old, Vec<E> next) const { return fma(next, gain, old * keep); }
-};
-
 // The state that a row begins with: its sink, or nothing.
 template <class E>
 E first_max(const Call& c, const Unit& u, int64_t r) {
@@ -184,6 +171,7 @@ struct Tile : Lanes<K, T, NR> {
     E *part, *total;  // accumulators of this segment, and of those before it
     E *max_part, *sum_part, *max_total, *sum_total, *factor;
     bool first, hidden, empty;  // nothing folded in this segment; a cell hidden in it; no segment before it
+    Statistics<E, N> statistics;
 
     void lay_out(const Call& c, int64_t depth, Arena& a) {
         this->lay_out_queries(depth, a);
@@ -194,6 +182,7 @@ struct Tile : Lanes<K, T, NR> {
         max_total = a.template take<E>(N);
         sum_total = a.template take<E>(N);
         factor = a.template take<E>(N);
+        statistics.lay_out(c, a);
     }
 
     // ---- the steps of a block ----
@@ -225,6 +214,30 @@ struct Tile : Lanes<K, T, NR> {
                 });
         }
         each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = total_of[i]; });
+    }
+
+    // The same, and what a call wants to know of its rows. Done again, a block has nothing new to list.
+    template <bool CAREFUL>
+    void weigh_and_tell(Desk<K, T>& desk, int64_t j0, int64_t j1, const Vec<E> (&before)[NR],
+                        const Vec<E> (&shift)[NR], const Vec<E> (&keep)[NR], Vec<E> (&sum)[NR]) {
+        E* const scores = desk.scores;
+        const int64_t keys = j1 - j0;
+        typename Statistics<E, N>::Sums sums;
+        if (!CAREFUL) statistics.list_highest(desk.c, desk.u, rows, scores, j0, keys);
+        if (desk.u.seen.distance)
+            statistics.template weigh<true>(scores, keys, shift, sums);
+        else
+            statistics.template weigh<false>(scores, keys, shift, sums);
+        statistics.add(desk.c, desk.u, scores, j0, keys, sum_part, before, shift, keep, sums);
+        each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = sums.weights[i]; });
+        if constexpr (K::PAIR == 2) {
+            const int64_t whole = up(keys, K::KEYS);
+            memset(scores + keys * N, 0, size_t((whole - keys) * N) * sizeof(E));
+            for (E *s = scores, *to = scores, *end = scores + whole * N; s < end; s += 2 * N, to += N)
+                each<NR>([&](auto i) TILEFOLD_LAMBDA {
+                    store(to + i * W, bits_as<Vec<E>>(pair_up<U32>(load(s + i * W), load(s + N + i * W))));
+                });
+        }
     }
 
     // Oᵀ of the segment: times `keep`, plus Vᵀ·P of this block.
@@ -297,8 +310,9 @@ struct Tile : Lanes<K, T, NR> {
 
     // ---- segments ----
 
-    void begin_segment() {
+    void begin_segment(const Call& c) {
         for (int r = 0; r < N; r++) max_part[r] = -INFINITE<E>, sum_part[r] = 0;
+        if (c.taps.any) statistics.begin_segment();
         first = true, hidden = false;
     }
 
@@ -315,16 +329,20 @@ struct Tile : Lanes<K, T, NR> {
         // Keys beyond an end that is no multiple are read too, with weight 0.
         hidden |= kind == Kind::EDGE || u.bias || (j1 % K::KEYS && j1 < u.kv_len);
         const Block<K> b = desk.block(k0, least(k0 + c.block_k, u.kv_len));
-        Vec<E> top[NR], shift[NR], keep[NR], added[NR];
+        Vec<E> top[NR], before[NR], shift[NR], keep[NR], added[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = load(max_part + i * W); });
         this->score(c, u, b.keys, desk.depth, k0, j0, j1, kind, desk.scores, top);
         if constexpr (CAREFUL) this->note_seen(c, u, j0, j1 - j0, desk.seen);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
             shift[i] = shift_of<E>(top[i]);
-            keep[i] = exp<E>(load(max_part + i * W) - shift[i]);
+            before[i] = load(max_part + i * W);
+            keep[i] = exp<E>(before[i] - shift[i]);
             store(max_part + i * W, top[i]);
         });
-        weigh(desk.scores, j1 - j0, shift, added);
+        if (__builtin_expect(c.taps.any, 0))
+            weigh_and_tell<CAREFUL>(desk, j0, j1, before, shift, keep, added);
+        else
+            weigh(desk.scores, j1 - j0, shift, added);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
             store(sum_part + i * W, fma(load(sum_part + i * W), keep[i], added[i]));
         });
@@ -340,7 +358,7 @@ struct Tile : Lanes<K, T, NR> {
     // again.
     void check(Desk<K, T>& desk, int64_t s0, int64_t s1) {
         if (first || !hidden || all_finite(part, desk.c.v_dim * N)) return;
-        begin_segment();
+        begin_segment(desk.c);
         for (int64_t k0 = s0 / desk.c.block_k * desk.c.block_k; k0 < s1; k0 += desk.c.block_k)
             fold_block<true>(desk, k0, s0, s1);
     }
@@ -348,15 +366,19 @@ struct Tile : Lanes<K, T, NR> {
     // Joins this segment to those before it.
     void merge(const Call& c) {
         if (first) return;
+        if (c.taps.any) statistics.raise(max_part);
         if (empty) {  // merging with nothing
             swap(part, total);
             swap(max_part, max_total);
             swap(sum_part, sum_total);
+            if (c.taps.any) statistics.swap();
             empty = false;
             return;
         }
         for (int i = 0; i < N; i += W) {
             const Meeting<E> meet(load(max_total + i), load(max_part + i));
+            if (c.taps.any)
+                statistics.merge(meet, i, max_total, sum_total, max_part, sum_part, c.taps.regions);
             store(max_total + i, meet.max);
             store(sum_total + i, meet(load(sum_total + i), load(sum_part + i)));
             for (int64_t at = i; at < c.v_dim * N; at += N)
@@ -384,12 +406,16 @@ struct Tile : Lanes<K, T, NR> {
         this->pack(c, u, desk.depth);
         empty = !u.sinks;
         if (!empty) begin_total(c, u);
+        if (c.taps.any) statistics.begin(c, u, r0, rows);
     }
 
     void finish(const Call& c, const Unit& u) {
         if (empty) begin_total(c, u);
         Row row(r0, c.group);
-        for (int r = 0; r < rows; r++, row.next()) factor[r] = settle(c, u, row, max_total[r], sum_total[r]);
+        for (int r = 0; r < rows; r++, row.next()) {
+            factor[r] = settle(c, u, row, max_total[r], sum_total[r]);
+            if (c.taps.any) statistics.finish(c, u, r, row, sum_total[r], factor[r]);
+        }
         for (int64_t r = rows; r < N; r++) factor[r] = 0;
         unpack_columns<T, E, N>(static_cast<T*>(u.out), c.out, c.group, r0, rows, c.v_dim, total, factor);
     }
@@ -438,7 +464,7 @@ struct Tiles {
 
     void fold_segment(int64_t s0, int64_t s1, int64_t begin, int64_t end) {
         const int64_t block_k = desk.c.block_k;
-        each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.begin_segment(); });
+        each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.begin_segment(desk.c); });
         for (int64_t k0 = most(s0, begin) / block_k * block_k; k0 < least(s1, end); k0 += block_k)
             each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.template fold_block<false>(desk, k0, s0, s1); });
         each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.check(desk, s0, s1); });

@@ -35,6 +35,8 @@ constexpr Kernels kernels_of() {
     k.few_rows = K::IN_TILES ? 4 : FEW_ROWS;  // more keep vectors busier than tiles
     k.row = fold_row<K, T>;
     k.join = join_states<E, T>;
+    k.tap = tap_weights<K, T>;
+    k.tap_scratch = tap_scratch<K, T>;
     using Grad = typename ForGradients<K, K::IN_TILES>::Kernel;
     k.grad = replay_gradient<Grad, T>;
     k.grad_scratch = gradient_scratch<Grad, T>;

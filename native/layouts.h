@@ -23,9 +23,10 @@ struct Frame {
 
 class Sequences {
    public:
-    Sequences(const Problem& p, const Arrays& a, const Selection& part, int64_t block_k)
-        : p_(p), a_(a), part_(part), group_(p.heads / p.kv_heads), c_{} {
-        c_.group = part.head < 0 ? group_ : 1;
+    // `apart`: each query head is a unit of its own.
+    Sequences(const Problem& p, const Arrays& a, const Selection& part, int64_t block_k, bool apart = false)
+        : p_(p), a_(a), part_(part), group_(p.heads / p.kv_heads), apart_(apart), c_{} {
+        c_.group = part.head < 0 && !apart ? group_ : 1;
         c_.dim = p.dim, c_.v_dim = p.v_dim, c_.scale = p.scale, c_.softcap = p.softcap;
         c_.bias_type = a.bias.type;
         c_.q = inner(a.q), c_.k = inner(a.k), c_.v = inner(a.v), c_.out = inner(a.out);
@@ -38,6 +39,8 @@ class Sequences {
             c_.k_pages = pages(a.k, a.k_scale, p.dim), c_.v_pages = pages(a.v, a.v_scale, p.v_dim);
         }
         c_.kv_type = p.kv_dtype;
+        c_.taps = {bool(p.want & ROWS), a.rows.top,       part.regions,
+                   part.region_spans,   part.region_rows, a.rows.mass_step};
         find_frames();
     }
 
@@ -87,10 +90,16 @@ class Sequences {
         return ceil_div((last_row(f) - first_row(f)) * c_.group, tile_rows);
     }
 
-    // Key heads that are folded, and of one of them the first query head.
-    int64_t kv_heads() const { return part_.head < 0 ? p_.kv_heads : 1; }
-    int64_t kv_head(int64_t n) const { return part_.head < 0 ? n : part_.head / group_; }
-    int64_t head(int64_t n) const { return part_.head < 0 ? n * group_ : part_.head; }
+    // How many units a sequence has, and of one of them its key head and its first query head.
+    int64_t kv_heads() const { return part_.head >= 0 ? 1 : apart_ ? p_.heads : p_.kv_heads; }
+    int64_t kv_head(int64_t n) const { return head(n) / group_; }
+    int64_t head(int64_t n) const { return part_.head >= 0 ? part_.head : apart_ ? n : n * group_; }
+
+    // The number of a sequence as it was given; frames are sorted.
+    int64_t sequence(const Frame& f) const {
+        if (p_.layout != VARLEN) return f.item;
+        return std::upper_bound(a_.q_ends, a_.q_ends + p_.batch, f.q0) - a_.q_ends - 1;
+    }
 
     // Key head n of those that are folded.
     Unit unit(const Frame& f, int64_t n) {
@@ -113,6 +122,7 @@ class Sequences {
         if (a_.alibi) u.alibi = a_.alibi + f.item * p_.heads + head(n);
         if (a_.sinks) u.sinks = a_.sinks + f.item * p_.heads + head(n);
         u.infinite = &infinite_;
+        if (c_.taps.any) tell(u, f);
         return u;
     }
 
@@ -120,11 +130,24 @@ class Sequences {
     const Arrays& a_;
     const Selection& part_;
     const int64_t group_;
+    const bool apart_;
     Call c_;
     std::vector<Frame> frames_;  // those with the most work first
     int32_t infinite_ = 0;
 
    private:
+    void tell(Unit& u, const Frame& f) const {
+        const int64_t wide = width(a_.lse.type), at = (static_cast<char*>(u.lse) - a_.lse.data) / wide;
+        const auto from = [&](void* base, int64_t n) {
+            return base ? static_cast<char*>(base) + n * wide : nullptr;
+        };
+        u.seen.entropy = from(a_.rows.entropy, at), u.seen.peak = from(a_.rows.peak, at);
+        u.seen.distance = from(a_.rows.distance, at), u.seen.mass = from(a_.rows.mass, at);
+        const int64_t list = at * up(a_.rows.top, LIST_STEP);
+        u.seen.top_scores = from(a_.rows.top_scores, list), u.seen.top_keys = from(a_.rows.top_keys, list);
+        u.seen.lo = part_.region_lo, u.seen.hi = part_.region_hi, u.seen.first_key = f.k0;
+    }
+
     void find_frames() {
         const bool packed = p_.layout == VARLEN;
         const int64_t first = part_.frame < 0 ? 0 : part_.frame,

@@ -155,6 +155,78 @@ bool interrupted(void* callers) {
     return stop;
 }
 
+// What a fold is to tell of each row: arrays of the shape of lse, a list after it, a region before it.
+class RowArrays {
+   public:
+    RowArrays(std::optional<Output> entropy, std::optional<Output> peak, std::optional<Output> distance,
+              std::optional<Output> mass, std::optional<Output> top_scores, std::optional<Output> top_keys,
+              int64_t top, std::optional<Integers> lo, std::optional<Integers> hi)
+        : entropy_(entropy),
+          peak_(peak),
+          distance_(distance),
+          mass_(mass),
+          top_scores_(top_scores),
+          top_keys_(top_keys),
+          top_(top),
+          lo_(lo),
+          hi_(hi) {
+        const int64_t list = tilefold::up(top, tilefold::LIST_STEP);
+        if (top_scores_.has_value() != (top > 0) || top_keys_.has_value() != (top > 0) ||
+            (top && (int64_t(top_scores_->shape(top_scores_->ndim() - 1)) != list ||
+                     int64_t(top_keys_->shape(top_keys_->ndim() - 1)) != list)) ||
+            lo_.has_value() != hi_.has_value() || mass_.has_value() != lo_.has_value() ||
+            (lo_ && int64_t(lo_->shape(0)) > tilefold::MOST_REGIONS))
+            throw std::invalid_argument("lists need keys, and at most 8 regions their spans");
+    }
+
+    void put(tilefold::Arrays& arrays, tilefold::Selection& part) const {
+        auto& to = arrays.rows;
+        to.entropy = at(entropy_), to.peak = at(peak_), to.distance = at(distance_), to.mass = at(mass_);
+        to.top_scores = at(top_scores_), to.top_keys = at(top_keys_), to.top = top_;
+        if (!mass_) return;
+        to.mass_step = mass_->shape(0) ? int64_t(mass_->size() / mass_->shape(0)) : 0;
+        part.regions = int64_t(lo_->shape(0)), part.region_rows = int64_t(lo_->shape(1));
+        part.region_spans = int64_t(lo_->shape(2)), part.region_lo = lo_->data(),
+        part.region_hi = hi_->data();
+    }
+
+   private:
+    static void* at(const std::optional<Output>& x) { return x ? x->data() : nullptr; }
+    std::optional<Output> entropy_, peak_, distance_, mass_, top_scores_, top_keys_;
+    int64_t top_;
+    std::optional<Integers> lo_, hi_;
+};
+
+// What sweep two is to pool.
+class PoolArrays {
+   public:
+    void add_keys(Sums to, std::optional<Floats> factors, bool highest) {
+        room(pools_.keys.size());
+        pools_.keys.push_back({factors ? factors->data() : nullptr, to.data(), highest});
+    }
+    void add_map(Sums to, Integers ends, bool highest) {
+        room(pools_.maps.size());
+        const size_t n = to.ndim();
+        pools_.maps.push_back(
+            {ends.data(), int64_t(to.shape(n - 2)), int64_t(to.shape(n - 1)), to.data(), highest});
+        if (int64_t(ends.shape(ends.ndim() - 1)) != pools_.maps.back().rows + pools_.maps.back().cols + 2)
+            throw std::invalid_argument("a map of r rows and c cols has r + c + 2 ends");
+    }
+    void add_cells(Output to, Integers slots, int64_t k0) {
+        room(pools_.cells.size());
+        const size_t n = to.ndim();
+        pools_.cells.push_back(
+            {slots.data(), int64_t(to.shape(n - 2)), k0, k0 + int64_t(to.shape(n - 1)), to.data()});
+    }
+    const tilefold::Pools& pools() const { return pools_; }
+
+   private:
+    static void room(size_t n) {
+        if (n >= tilefold::MOST_POOLS) throw std::invalid_argument("at most 8 pools of a kind");
+    }
+    tilefold::Pools pools_;
+};
+
 // A problem and how it is folded: made once per plan, run for every call.
 class Fold {
    public:
@@ -207,15 +279,16 @@ class Fold {
                                  std::optional<Input> v_scale, int64_t first_row, int64_t last_row,
                                  int64_t frame, int64_t head, std::optional<Integers> lo,
                                  std::optional<Integers> hi, std::optional<Bytes> bits, int64_t bits_start,
-                                 int team) const {
+                                 int team, const RowArrays* rows) const {
         tilefold::Arrays arrays =
             inputs(q, k, v, array(out), array(lse), bias, cells, alibi, sinks, q_ends, kv_ends);
         if (table) arrays.table = table->data(), arrays.table_width = int64_t(table->shape(1));
         arrays.k_scale = array(k_scale), arrays.v_scale = array(v_scale);
         if (tilefold::is_code(problem_.kv_dtype) != bool(k_scale && v_scale))
             throw std::invalid_argument("keys and values have scales where they are codes, and only there");
-        const tilefold::Report report =
-            fold(arrays, selection(first_row, last_row, frame, head, lo, hi, bits, bits_start), team);
+        tilefold::Selection part = selection(first_row, last_row, frame, head, lo, hi, bits, bits_start);
+        if (rows) rows->put(arrays, part);
+        const tilefold::Report report = fold(arrays, part, team);
         return {report.bytes, report.infinite};
     }
 
@@ -238,6 +311,24 @@ class Fold {
                                             add};
         return differentiate(arrays, gradients,
                              selection(first_row, last_row, frame, head, lo, hi, bits, bits_start), team)
+            .bytes;
+    }
+
+    int64_t tap(Input q, Input k, Input lse, std::optional<Input> bias, std::optional<Input> cells,
+                std::optional<Floats> alibi, std::optional<Integers> q_ends, std::optional<Integers> kv_ends,
+                std::optional<Integers> table, std::optional<Input> k_scale, int64_t first_row,
+                int64_t last_row, int64_t frame, int64_t head, std::optional<Integers> lo,
+                std::optional<Integers> hi, std::optional<Bytes> bits, int64_t bits_start, int team,
+                const PoolArrays& pools) const {
+        tilefold::Arrays arrays = inputs(q, k, k, {}, array(lse), bias, cells, alibi, {}, q_ends, kv_ends);
+        if (table) arrays.table = table->data(), arrays.table_width = int64_t(table->shape(1));
+        arrays.k_scale = arrays.v_scale = array(k_scale);
+        const tilefold::Selection part =
+            selection(first_row, last_row, frame, head, lo, hi, bits, bits_start);
+        return guarded([&](tilefold::Stop& stop) {
+                   return tilefold::tap(problem_, kernels_, settings_, arrays, pools.pools(), part,
+                                        tilefold::Team(team), stop);
+               })
             .bytes;
     }
 
@@ -545,6 +636,20 @@ NB_MODULE(_core, m) {
           "Measure what this machine can do at best: operations per second of f32, f64, bf16_dot or amx, or "
           "bytes per "
           "second of read; 0 where it has no such thing.");
+    nb::class_<RowArrays>(m, "Rows", "What a fold tells of each query row.")
+        .def(nb::init<std::optional<Output>, std::optional<Output>, std::optional<Output>,
+                      std::optional<Output>, std::optional<Output>, std::optional<Output>, int64_t,
+                      std::optional<Integers>, std::optional<Integers>>(),
+             "entropy"_a.none(), "peak"_a.none(), "distance"_a.none(), "mass"_a.none(), "top_scores"_a.none(),
+             "top_keys"_a.none(), "top"_a, "lo"_a.none(), "hi"_a.none());
+    nb::class_<PoolArrays>(m, "Pools", "What sweep two pools over query rows; the arrays must outlive it.")
+        .def(nb::init<>())
+        .def("add_keys", &PoolArrays::add_keys, "to"_a, "factors"_a.none(), "highest"_a,
+             "Per key, (items, heads, kv_len).")
+        .def("add_map", &PoolArrays::add_map, "to"_a, "ends"_a, "highest"_a,
+             "Bins (sequences, heads, rows, cols), and where they end in each sequence.")
+        .def("add_cells", &PoolArrays::add_cells, "to"_a, "slots"_a, "k0"_a,
+             "Weights (items, heads, slots, keys) from key k0 on.");
     nb::class_<Fold>(m, "Fold", "A problem and how it is folded.")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&,
                       const std::string&, const std::string&, double, std::optional<double>, double,
@@ -562,7 +667,9 @@ NB_MODULE(_core, m) {
              "cells"_a.none(), "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(),
              "table"_a.none(), "k_scale"_a.none(), "v_scale"_a.none(), "first_row"_a, "last_row"_a, "frame"_a,
              "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(), "bits_start"_a, "team"_a,
-             "Fill out and lse; the bytes of workspace it took, and whether the highest score of a row was "
+             "rows"_a.none() = nb::none(),
+             "Fill out and lse, and what is to be told of rows; the bytes of workspace it took, and whether "
+             "the highest score of a row was "
              "+inf. Arrays of bfloat16 come as uint16, codes as bytes.")
         .def("gradient", &Fold::gradient, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a.none(),
              "cells"_a.none(), "alibi"_a.none(), "sinks"_a.none(), "q_ends"_a.none(), "kv_ends"_a.none(),
@@ -572,6 +679,11 @@ NB_MODULE(_core, m) {
              "Fill dq, dk and dv, or add to dk and dv in the accumulate type; add to dbias, a view over what "
              "was "
              "stored, and to dsinks (sequences, heads). The bytes of workspace it took.")
+        .def("tap", &Fold::tap, "q"_a, "k"_a, "lse"_a, "bias"_a.none(), "cells"_a.none(), "alibi"_a.none(),
+             "q_ends"_a.none(), "kv_ends"_a.none(), "table"_a.none(), "k_scale"_a.none(), "first_row"_a,
+             "last_row"_a, "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(), "bits_start"_a,
+             "team"_a, "pools"_a,
+             "Add the weights that lse finishes to the pools; the bytes of workspace it took.")
         .def(
             "run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
             "The same for a whole call without optional arrays; the bytes, or -1 if an array is misaligned.");

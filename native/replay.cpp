@@ -178,11 +178,6 @@ class Backward : Sequences {
         k_.grad(c_, u, call_, to, {first_row(f) * c_.group, last_row(f) * c_.group, p.segment, keys_}, w);
         if (slot) slot->left.fetch_sub(1, std::memory_order_acq_rel);
     }
-    // Frames are sorted; sequences are numbered as they were given.
-    int64_t sequence(const Frame& f) const {
-        if (p_.layout != VARLEN) return f.item;
-        return std::upper_bound(a_.q_ends, a_.q_ends + p_.batch, f.q0) - a_.q_ends - 1;
-    }
 
     // Makes the slot this unit's, once its last unit is done; whoever has the unit's first segment does it.
     bool enter(Slot& slot, const Piece& p, Worker& w) {

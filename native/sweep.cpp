@@ -35,6 +35,7 @@ struct Shape {
         Call c{};
         c.dim = p.dim, c.v_dim = p.v_dim, c.group = group, c.block_k = s.block_k;
         c.page = p.layout == PAGED;
+        c.taps.any = p.want & ROWS;
         c.pack_keys = k.multiple > 1;  // whether they lie in pairs is known only with the arrays
         scratch = k.scratch(c, std::min(s.tile_rows, std::max<int64_t>(q_len * group, 1)));
         const bool panels = k.value_bytes && tiles > 1 && s.splits == 1;
@@ -214,7 +215,7 @@ class Sweep : Sequences {
     int64_t most_segments() const { return std::max<int64_t>(1, ceil_div(kv_most_, SEGMENT)); }
 
     void fold_piece(const Unit& u, const Piece& piece, Worker& w) {
-        if (piece.r1 - piece.r0 <= k_.few_rows)
+        if (piece.r1 - piece.r0 <= k_.few_rows && !c_.taps.any)
             k_.row(c_, u, piece, w);
         else
             k_.tile(c_, u, piece, w);
@@ -254,7 +255,8 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     s.block_k = k.block_k;
     const int64_t pieces = units * ceil_div(rows, s.tile_rows), segments = ceil_div(p.kv_len, SEGMENT);
     // A piece of its own per segment costs a state and a merge, and is in vain where a window shows no more.
-    const bool split = p.layout != VARLEN && keys_seen(p) > SEGMENT && threads > 1 && pieces < 4 * threads;
+    const bool split = p.layout != VARLEN && !(p.want & ROWS) && keys_seen(p) > SEGMENT && threads > 1 &&
+                       pieces < 4 * threads;
     s.splits = split ? segments : 1;
     const int64_t worth = threads_worth(2.0 * cells(p) * double(p.dim + p.v_dim));
     const int64_t most = std::min<int64_t>(p.layout == VARLEN ? pieces + p.batch : pieces * s.splits, worth);
@@ -275,7 +277,9 @@ Settings resized(const Problem& p, const Kernels& k, Settings s) {
         s.tile_rows = std::min(s.tile_rows, up(rows, k.lanes));
     }
     s.block_k = up(std::clamp<int64_t>(s.block_k, 1, SEGMENT), 32);
-    const int64_t segments = p.layout == VARLEN ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
+    // A state holds no statistics.
+    const int64_t segments =
+        p.layout == VARLEN || p.want & ROWS ? 1 : std::max<int64_t>(1, ceil_div(p.kv_len, SEGMENT));
     s.splits = s.splits > 1 ? segments : 1;
     s.workers = std::clamp<int64_t>(s.workers, 1, MAX_THREADS);
     return s;

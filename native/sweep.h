@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include <vector>
+
 #include "executor.h"
 #include "fold.h"
 #include "problem.h"
@@ -42,6 +44,12 @@ struct Arrays {
     int64_t table_width = 0;
     // Where k and v are codes: float32 (pages, kv_heads, page, groups of dims).
     Array k_scale = {}, v_scale = {};
+    // What is to be told of each row; these lie as lse does, one mass after another.
+    struct {
+        void *entropy = nullptr, *peak = nullptr, *distance = nullptr, *mass = nullptr, *top_scores = nullptr,
+             *top_keys = nullptr;
+        int64_t top = 0, mass_step = 0;
+    } rows = {};
 };
 
 // What part of a call is folded, and what the mask says of it: query rows first_row … last_row of each
@@ -53,6 +61,9 @@ struct Selection {
     const int64_t *lo = nullptr, *hi = nullptr;
     const uint8_t* bits = nullptr;
     int64_t bits_bytes = 0, bits_start = 0;
+    // The spans of regions whose mass is told, from first_row on; of one sequence.
+    int64_t regions = 0, region_spans = 0, region_rows = 0;
+    const int64_t *region_lo = nullptr, *region_hi = nullptr;
 };
 
 // The best settings, at most `threads` workers.
@@ -88,5 +99,33 @@ Settings grad_plan(const Problem& p, const Kernels& kernels, int threads);
 int64_t grad_workspace(const Problem& p, const Kernels& kernels, const Settings& s);
 Report gradient(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
                 const Gradients& g, const Selection& part, Team team, Stop& stop);
+
+// What is pooled of finished weights over query rows: per key (items, heads, kv_len); in maps (sequences,
+// heads, rows, cols), with the ends of each sequence's bins, rows + 1 and then cols + 1; single cells (items,
+// heads, rows, k1 − k0) of query rows that have a slot. Arrays are contiguous and zero; a call for some of
+// the rows adds to them. `lse` of the call is read.
+struct Pools {
+    struct Keys {
+        const double* factors;  // (items, q_len), null: every query counts 1
+        double* to;
+        bool highest;
+    };
+    struct Map {
+        const int64_t* ends;
+        int64_t rows, cols;
+        double* to;
+        bool highest;
+    };
+    struct Cells {
+        const int64_t* slots;  // (q_len), −1 none
+        int64_t rows, k0, k1;
+        void* to;
+    };
+    std::vector<Keys> keys;  // at most MOST_POOLS of each
+    std::vector<Map> maps;
+    std::vector<Cells> cells;
+};
+Report tap(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a, const Pools& pools,
+           const Selection& part, Team team, Stop& stop);
 
 }  // namespace tilefold

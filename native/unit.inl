@@ -9,8 +9,10 @@
 #endif
 #include "pack.inl"
 #include "scores.inl"
+#include "stats.inl"
 #include "fold.inl"
 #include "row.inl"
 #include "replay.inl"
+#include "taps.inl"
 #include "kernels.inl"
 // clang-format on

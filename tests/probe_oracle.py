@@ -12,12 +12,21 @@ from tilefold.naive import _heads, _understood
 
 
 class Oracle:
-    """The matrices of one call in `dtype`, head by head; each method is a statistic over all of them."""
+    """The matrices of one call in `dtype`, head by head; each method is a statistic over all of them.
 
-    def __init__(self, q: Any, k: Any, options: dict[str, Any], dtype: Any = None) -> None:
+    `rebuilt`: weights come from the scores and the rounded log-sum-exp, as in a second sweep.
+    """
+
+    def __init__(
+        self, q: Any, k: Any, options: dict[str, Any], dtype: Any = None, rebuilt: bool = False
+    ) -> None:
         options = dict(options)
         self.call, self.acc = _understood(q, k, k, options.pop("mask", None), dtype, options)
         self.heads = list(_heads(self.call, self.acc))
+        for h in self.heads if rebuilt else ():
+            with np.errstate(all="ignore"):
+                lse = np.where(np.isneginf(h.lse), 0, h.lse)[:, None]
+                h.weights = np.where(h.seen, np.exp(h.s - lse), 0).astype(self.acc)
         self.frames = list(frames(self.call.problem, self.call.operands))
         self.lead = self.call.operands.q.shape[:-1]
 
@@ -40,9 +49,8 @@ class Oracle:
 
         return self._per_row(one)
 
-    def effective_keys(self) -> np.ndarray:
-        lse = self._per_row(lambda h, f: h.lse, -np.inf)
-        return np.where(np.isneginf(lse), 0, np.exp(self.entropy())).astype(self.acc)
+    def lse(self) -> np.ndarray:
+        return self._per_row(lambda h, f: h.lse, -np.inf)
 
     def max_logit(self) -> np.ndarray:
         return self._per_row(lambda h, f: h.s.max(axis=1, initial=-np.inf), -np.inf)

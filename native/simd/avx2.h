@@ -7,6 +7,7 @@
 #define TILEFOLD_REGISTERS 16
 #define TILEFOLD_HAS_ARITHMETIC
 #define TILEFOLD_HAS_ANY
+#define TILEFOLD_HAS_BITS_OF
 #define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
 #define TILEFOLD_HAS_SPREAD_BYTES
@@ -21,6 +22,13 @@ WORD __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
 template <class M>
 WORD bool any(M m) {
     return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+}
+template <class M>
+WORD unsigned bits_of(M m) {
+    if constexpr (sizeof(m[0]) == 4)
+        return unsigned(_mm256_movemask_ps((__m256)m));
+    else
+        return unsigned(_mm256_movemask_pd((__m256d)m));
 }
 WORD __m256i spread(const void* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));

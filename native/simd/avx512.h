@@ -13,6 +13,7 @@
 #define TILEFOLD_REGISTERS 32
 #define TILEFOLD_HAS_ARITHMETIC
 #define TILEFOLD_HAS_ANY
+#define TILEFOLD_HAS_BITS_OF
 #define TILEFOLD_HAS_SPREAD
 #define TILEFOLD_HAS_HALF
 #define TILEFOLD_HAS_SPREAD_BYTES
@@ -27,6 +28,13 @@ WORD __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 template <class M>
 WORD bool any(M m) {
     return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
+}
+template <class M>
+WORD unsigned bits_of(M m) {
+    if constexpr (sizeof(m[0]) == 4)
+        return _mm512_movepi32_mask((__m512i)m);
+    else
+        return _mm512_movepi64_mask((__m512i)m);
 }
 WORD __m512i spread(const void* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));

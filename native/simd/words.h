@@ -168,6 +168,16 @@ TILEFOLD_INLINE bool any(M m) {
 }
 #endif
 
+#ifndef TILEFOLD_HAS_BITS_OF
+// Bit i says whether lane i of a mask is set.
+template <class M>
+TILEFOLD_INLINE uint32_t bits_of(M m) {
+    uint32_t bits = 0;
+    for (int i = 0; i < int(sizeof(m) / sizeof(m[0])); i++) bits |= uint32_t(m[i] & 1) << i;
+    return bits;
+}
+#endif
+
 #ifndef TILEFOLD_HAS_SPREAD
 // A vector's number of 16-bit integers, each in 32 bits.
 TILEFOLD_INLINE U32 spread(const void* p) {
@@ -337,11 +347,21 @@ TILEFOLD_INLINE Vec<E> polynomial(const E* c, Vec<E> f) {
     return p;
 }
 
+// The least number that exp tells from −inf, or x.
+template <class E>
+TILEFOLD_INLINE Vec<E> at_least(Vec<E> x) {
+    return max(set<E>(Float<E>::least), x);
+}
+// e^x for least ≤ x ≤ 0 and NaN.
+template <class E>
+TILEFOLD_INLINE Vec<E> exp_within(Vec<E> x) {
+    const Reduced<E> r = reduce<E>(x);
+    return polynomial<Float<E>::terms>(Float<E>::poly, r.f) * r.power;
+}
 // e^x for x ≤ 0, −inf and NaN. Below about 1e-38 (1e-308) it is exactly 0; e^0 is exactly 1; NaN stays NaN.
 template <class E>
 TILEFOLD_INLINE Vec<E> exp(Vec<E> x) {
-    const Reduced<E> r = reduce<E>(max(set<E>(Float<E>::least), x));
-    return polynomial<Float<E>::terms>(Float<E>::poly, r.f) * r.power;
+    return exp_within<E>(at_least<E>(x));
 }
 
 // tanh(x), accurate relative to x down to 0: with e = e^|2x| − 1 it is e / (e + 2).
@@ -367,6 +387,17 @@ TILEFOLD_INLINE Vec<E> tanh(Vec<E> x) {
 template <class Unsigned, class X>
 TILEFOLD_INLINE Unsigned pair_up(X low, X high) {
     return (bits_as<Unsigned>(low) + 0x8000u) >> 16 | ((bits_as<Unsigned>(high) + 0x8000u) & 0xffff0000u);
+}
+
+template <class V, int... I>
+TILEFOLD_INLINE V moved_up(V before, V x, Ints<I...>) {
+    constexpr int W = sizeof...(I);
+    return __builtin_shufflevector(before, x, (W + I - 1)...);
+}
+// Each lane has what was in the one below it, the first one what was in the last one of `before`.
+template <class V>
+TILEFOLD_INLINE V moved_up(V before, V x) {
+    return moved_up(before, x, typename Upto<int(sizeof(x) / sizeof(x[0]))>::type{});
 }
 
 template <class E, int STEP, int... I>

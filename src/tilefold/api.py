@@ -129,8 +129,9 @@ def attention(
     )  # fmt: skip
     statistics = check(probes, "probes")
     return_lse = flag("return_lse", return_lse) or bool(probes)
-    if door is not None and not statistics:
-        return door.attention(q, k, v, options, return_lse, out, backend, plan)
+    if door is not None and (not statistics or door.sees_more(q, k, v, options)):
+        result = door.attention(q, k, v, options, return_lse, out, backend, plan)
+        return (*result, _probed(q, k, statistics, options, backend)) if statistics else result
     want = Want.LSE if return_lse else Want(0)
     call = folded(q, k, v, options, want=want, taps=taps_of(statistics), backend=backend, plan=plan, out=out)
     if simple:
@@ -178,8 +179,20 @@ def probe(q: Array, k: Array, *what: Any, mask: Mask | Array | None = None, **op
         raise TypeError("probe: give at least one statistic, such as tilefold.entropy()")
     backend = options.pop("backend", "auto")
     refuse_unknown(options, known=Options.__dataclass_fields__)
-    call = folded(q, k, NO_VALUES, Options(mask=mask, **options), taps=taps_of(statistics), backend=backend)
-    return _seen(q, call, statistics)
+    return _probed(q, k, statistics, Options(mask=mask, **options), backend)
+
+
+def _probed(q: Array, k: Array, statistics: Sequence[Statistic], o: Options, backend: str) -> Seen:
+    """What the statistics find without values."""
+    door = door_of(q)
+    if door is not None:
+        q, k = door.entering(q, k)
+    call = folded(q, k, NO_VALUES, o, taps=taps_of(statistics), backend=backend)
+    seen = _seen(q, call, statistics)
+    if door is None or not door.wants_gradient(q, k, o):
+        return seen
+    filled = Filled(call.problem, call.operands)
+    return Seen(**door.differentiable(vars(seen), statistics, filled, call.squeeze, q, k, o))
 
 
 def _seen(q: Array, call: Call, statistics: Sequence[Statistic]) -> Seen:

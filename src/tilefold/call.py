@@ -95,6 +95,12 @@ class Call:
         elif not self.parts:
             self.fold()
 
+    def see(self) -> int:
+        """Run sweep two for the taps that sweep one left; the bytes of workspace it allocated."""
+        x = self.operands
+        left = [tap for tap in x.taps if tap not in x.seen]
+        return backend_of(self.plan).replay(self.plan, x, left) if left else 0
+
     @property
     def out(self) -> np.ndarray:
         assert self.operands.out is not None
@@ -259,9 +265,7 @@ def folded(
     call = understand(q, k, v, o, want=want, taps=taps, backend=backend, plan=plan)
     call.allocate(out)
     call.run(backend)
-    x = call.operands
-    if left := [tap for tap in taps if tap not in x.seen]:
-        backend_of(call.plan).replay(call.plan, x, left)
+    call.see()
     return call
 
 

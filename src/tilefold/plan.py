@@ -61,8 +61,8 @@ class Backend(Protocol):
         """Sweep one: fill ``x.out`` and ``x.lse``, only for the query rows `rows` if given; the bytes it allocated. Of
         ``x.taps`` those over rows may be filled on the way."""
 
-    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> None:
-        """Sweep two over ``x.lse``: fill `taps`."""
+    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> int:
+        """Sweep two over ``x.lse``: fill `taps`; the bytes it allocated."""
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         """Sweep two with the backward pass as its tap."""

@@ -72,6 +72,10 @@ class Mass(RowTap):
 
     region: Mask
 
+    def allocate(self, p: Problem, x: Operands) -> Any:
+        self.region.check(x.lead, p.heads, p.q_len, p.kv_len)
+        return RowTap.allocate(self, p, x)
+
     def start(self, p: Problem, x: Operands) -> ProbeTap:
         return _Mass(self.allocate(p, x), x, self.region)
 
@@ -83,10 +87,14 @@ class Top(RowTap):
 
     count: int
 
-    def allocate(self, p: Problem, x: Operands) -> Any:
-        shape = (*x.q.shape[:-1], self.count)
+    def allocate(self, p: Problem, x: Operands, up_to: int = 1, as_wide: bool = False) -> Any:
+        """Scores and keys; room for a multiple of `up_to`; keys in integers as wide as scores, or in int64."""
+        shape = (*x.q.shape[:-1], -(-self.count // up_to) * up_to)
+        if self.count > p.kv_len:
+            raise ValueError(f"topk: k must be at most the number of keys, {p.kv_len}; got {self.count}")
         bytes_of(shape, np.dtype(np.int64))
-        return np.full(shape, -np.inf, p.accumulate), np.full(shape, -1, np.int64)
+        keys = np.dtype(f"i{p.accumulate.itemsize}" if as_wide else "i8")
+        return np.full(shape, -np.inf, p.accumulate), np.full(shape, -1, keys)
 
     def start(self, p: Problem, x: Operands) -> ProbeTap:
         return _Top(self.allocate(p, x), x)
@@ -115,6 +123,10 @@ class Keys(KeyTap):
 
     def allocate(self, p: Problem, x: Operands) -> np.ndarray:
         """Sums are kept in float64 until they are finished."""
+        if self.last is not None and self.last > p.q_len:
+            raise ValueError(
+                f"key_mass: last must be at most the number of queries, {p.q_len}; got {self.last}"
+            )
         return np.zeros((*x.lead, p.heads, p.kv_len))
 
     def row_weights(self, p: Problem, x: Operands) -> np.ndarray | None:
@@ -242,6 +254,16 @@ def wanted(taps: tuple[Tapped, ...]) -> Want:
     return want
 
 
+def region_spans(region: Mask, frame: Frame, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """The spans of keys that `region` shows some rows of a sequence, ``lo`` and ``hi`` (rows, spans)."""
+    panel = region.panel(frame, rows, slice(0, frame.kv_len))
+    if panel.bits is not None:
+        raise ValueError(
+            f"mass_in: a region must be few spans of keys per row, and {region!r} is single cells"
+        )
+    return panel.lo, panel.hi
+
+
 # ---- how NumPy fills them: shown every tile of weights of sweep two -------------------------------------------
 
 
@@ -262,7 +284,7 @@ class _Filling(Tap):
 class _Entropy(_Filling):
     def take(self, w: Weights) -> None:
         some = np.where(w.by_head > 0, w.by_head, 1)
-        self.per_row(w, self.into)[...] -= (some * np.log(some)).sum(axis=-1)
+        self.per_row(w, self.into)[...] -= (some * np.log(some)).sum(axis=-1, dtype=np.float64)
 
     def close(self, block: RowBlock) -> None:
         if self.x.sinks is None or self.x.lse is None:
@@ -284,7 +306,7 @@ class _Distance(_Filling):
     def take(self, w: Weights) -> None:
         rows, keys = np.arange(w.block.rows.start, w.block.rows.stop), np.arange(w.tile.k0, w.tile.k1)
         far = np.abs(rows[:, None] + w.block.frame.offset - keys).astype(self.into.dtype)
-        self.per_row(w, self.into)[...] += (w.by_head * far).sum(axis=-1)
+        self.per_row(w, self.into)[...] += (w.by_head * far).sum(axis=-1, dtype=np.float64)
 
 
 class _Mass(_Filling):
@@ -293,10 +315,10 @@ class _Mass(_Filling):
         self.region = region
 
     def take(self, w: Weights) -> None:
-        block = w.block
-        panel = self.region.panel(block.frame, block.rows, slice(w.tile.k0, w.tile.k1))
-        inside = panel.cells(w.tile.k0, w.tile.k1)
-        self.per_row(w, self.into)[...] += np.where(inside, w.by_head, 0).sum(axis=-1)
+        lo, hi = region_spans(self.region, w.block.frame, w.block.rows)
+        at = np.arange(w.tile.k0, w.tile.k1)
+        inside = ((lo[:, :, None] <= at) & (at < hi[:, :, None])).any(axis=1)
+        self.per_row(w, self.into)[...] += np.where(inside, w.by_head, 0).sum(axis=-1, dtype=np.float64)
 
 
 class _Top(_Filling):
@@ -336,17 +358,15 @@ class _Keys(_Filling):
 class _Map(_Filling):
     def __init__(self, into: Any, x: Operands, tap: Map, p: Problem) -> None:
         super().__init__(into, x)
-        self.tap, self.packed = tap, p.layout is Layout.VARLEN
-        self.sequence = -1
-        self.frame: Frame | None = None
+        self.tap = tap
+        packed = p.layout is Layout.VARLEN
+        self.place: dict[Frame, Any] = {f: n if packed else f.index for n, f in enumerate(frames(p, x))}
 
     def open(self, block: RowBlock, live: np.ndarray, scores: Scores) -> None:
-        if block.frame != self.frame:  # sequences come in order
-            self.frame, self.sequence = block.frame, self.sequence + 1
-            self.rows, self.cols = self.tap.edges(block.frame, self.into.shape)
+        self.rows, self.cols = self.tap.edges(block.frame, self.into.shape)
 
     def take(self, w: Weights) -> None:
-        rows, cols, into = w.block.rows, w.tile, self.into[self.sequence if self.packed else w.index]
+        rows, cols, into = w.block.rows, w.tile, self.into[self.place[w.block.frame]]
         r = np.searchsorted(self.rows, np.arange(rows.start, rows.stop), side="right") - 1
         c = np.searchsorted(self.cols, np.arange(cols.k0, cols.k1), side="right") - 1
         pool = np.add if self.tap.pool == "sum" else np.maximum

@@ -1064,7 +1064,7 @@ def test_what_is_returned():
     assert np.array_equal(pair[0], out)
     for return_lse in (False, True):
         three = tf.attention(q, k, v, probes=[KeyMass()], return_lse=return_lse)
-        assert [type(x) for x in three] == [np.ndarray, np.ndarray, SimpleNamespace]
+        assert [type(x) for x in three] == [np.ndarray, np.ndarray, tf.Seen]
         assert np.array_equal(three[1], pair[1])
         assert vars(three[2]).keys() == {"key_mass"}
     given = np.empty_like(out)

@@ -12,7 +12,13 @@ from isas import MACHINES, chosen, python, why_not
 pytest.importorskip("tilefold._core", reason="tilefold was installed without its native core")
 
 LAWS = Path(__file__).parents[1] / "laws"
-CHECKED = ("test_same_bits.py", "test_cached_bits.py", "test_hidden_numbers.py", "test_quantised.py")
+CHECKED = (
+    "test_same_bits.py",
+    "test_cached_bits.py",
+    "test_hidden_numbers.py",
+    "test_quantised.py",
+    "test_probes.py",
+)
 FILES = [LAWS / name for name in CHECKED]
 SHARED = "threads or any_time or batch or packed or invariant or options or any_group"
 

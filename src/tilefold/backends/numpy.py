@@ -55,13 +55,15 @@ class NumpyBackend:
         fold(plan, x, space, rows)
         return space.bytes
 
-    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> None:
+    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> int:
         refuse_infinite(x.given_bias, plan.problem.accumulate)
         p, seen = plan.problem, x.seen
         plan, x = _unpaged(plan, x)
         started = {tap: tap.start(p, x) for tap in taps}
-        replay(plan, x, Workspace(replay_shapes(plan, gradient=False)), list(started.values()))
+        space = Workspace(replay_shapes(plan, gradient=False))
+        replay(plan, x, space, list(started.values()))
         seen.update((tap, one.result()) for tap, one in started.items())
+        return space.bytes
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         refuse_infinite(x.given_bias, plan.problem.accumulate)

@@ -29,13 +29,12 @@ class Batch:
     rows: slice | np.ndarray
 
     def view(self, x: np.ndarray) -> np.ndarray | None:
-        """Rows of ``(heads, total, ...)`` as ``(batch, heads, q_len, ...)``; None where that would be a copy."""
+        """Rows of ``(heads, total, ...)`` as ``(batch, heads, q_len, ...)``; None where that would be a copy. (To split
+        an axis never is one.)"""
         if not isinstance(self.rows, slice):
             return None
-        shape = len(self.sequences), self.q_len
-        return (
-            x[:, self.rows].reshape(len(x), *shape, *x.shape[2:]).swapaxes(0, 1)
-        )  # splitting an axis never copies
+        shape = len(x), len(self.sequences), self.q_len, *x.shape[2:]
+        return x[:, self.rows].reshape(shape).swapaxes(0, 1)
 
     def taken(self, x: np.ndarray) -> np.ndarray:
         """The same, copied where it must be; what is broadcast stays so."""

@@ -39,7 +39,7 @@ def heatmap(
         found = filled[tap]
         if pool == "mean":
             found = found / _cells(filled, tap, found.shape)
-        return _finished(filled, found)
+        return PerSequence(found.astype(filled.problem.accumulate, copy=False))
 
     return Statistic("heatmap", (tap,), finish, heads, "max" if pool == "max" else "mean")
 
@@ -55,7 +55,7 @@ def block_mass(block: int, *, heads: Heads = "each") -> Statistic:
             [0.75, 0.25]]])
     """
     tap = Map(block=integer("block_mass: block", block, 1))
-    return Statistic("block_mass", (tap,), lambda filled: _finished(filled, filled[tap]), heads)
+    return Statistic("block_mass", (tap,), lambda filled: PerSequence(filled[tap]), heads)
 
 
 def _cells(filled: Filled, tap: Map, shape: tuple[int, ...]) -> np.ndarray:
@@ -66,10 +66,6 @@ def _cells(filled: Filled, tap: Map, shape: tuple[int, ...]) -> np.ndarray:
         rows, cols = (np.diff(ends) for ends in tap.edges(f, shape))
         sequences.append(np.maximum(rows[:, None] * cols, 1))
     return np.reshape(sequences, (*shape[:-3], 1, *shape[-2:]))
-
-
-def _finished(filled: Filled, found: np.ndarray) -> PerSequence:
-    return PerSequence(found.astype(filled.problem.accumulate, copy=False))
 
 
 def rows(which: Sequence[int], *, limit: int = LIMIT) -> Statistic:
@@ -83,6 +79,8 @@ def rows(which: Sequence[int], *, limit: int = LIMIT) -> Statistic:
             [0.25, 0.25, 0.25, 0.25]]])
     """
     try:
+        if isinstance(which, (str, bytes)):
+            raise TypeError
         given = [integer("rows: a row", int(n), None) for n in which]
     except TypeError:
         raise TypeError(f"rows: which must be a list of row numbers, got {which!r}") from None

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
 from ..masks import integer
 from ..taps import Keys
-from .statistic import Filled, Heads, Statistic
+from .statistic import Heads, Statistic
 
 
 def key_mass(*, last: int | None = None, discount: float | None = None, heads: Heads = "each") -> Statistic:
@@ -29,7 +25,7 @@ def key_mass(*, last: int | None = None, discount: float | None = None, heads: H
     if discount is not None and not (isinstance(discount, (int, float)) and 0 < discount <= 1):
         raise ValueError(f"key_mass: discount must be a number above 0 and at most 1, got {discount!r}")
     tap = Keys("sum", last, None if discount is None else float(discount))
-    return Statistic("key_mass", (tap,), lambda filled: _finished(filled, tap), heads)
+    return Statistic("key_mass", (tap,), lambda filled: filled[tap], heads, smooth=True)
 
 
 def key_max(*, heads: Heads = "each") -> Statistic:
@@ -41,8 +37,4 @@ def key_max(*, heads: Heads = "each") -> Statistic:
     array([[1.   , 0.5  , 0.333, 0.25 ]])
     """
     tap = Keys("max")
-    return Statistic("key_max", (tap,), lambda filled: _finished(filled, tap), heads, "max")
-
-
-def _finished(filled: Filled, tap: Any) -> np.ndarray:
-    return np.asarray(filled[tap].astype(filled.problem.accumulate, copy=False))
+    return Statistic("key_max", (tap,), lambda filled: filled[tap], heads, "max")

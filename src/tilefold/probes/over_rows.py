@@ -26,7 +26,7 @@ def entropy(*, heads: Heads = "each") -> Statistic:
     array([[0.   , 0.693, 1.099, 1.386]])
     """
     tap = Entropy()
-    return Statistic("entropy", (tap,), lambda filled: filled[tap], heads)
+    return Statistic("entropy", (tap,), lambda filled: filled[tap], heads, smooth=True)
 
 
 def effective_keys(*, heads: Heads = "each") -> Statistic:
@@ -109,6 +109,7 @@ def mass_in(*, heads: Heads = "each", **regions: Mask | slice) -> Statistic:
         tuple(taps.values()),
         lambda filled: Regions(**{name: filled[tap] for name, tap in taps.items()}),
         heads,
+        smooth=True,
     )
 
 

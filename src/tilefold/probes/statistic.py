@@ -14,21 +14,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..problem import Layout, Operands, Problem
-from ..taps import Shown, Tapped
+from ..taps import Keys, Map, Shown, Tapped
 
 Heads = Literal["each", "group", "all"]
 HEADS = ("each", "group", "all")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Filled:
-    """What the sweeps of one call filled."""
+    """What the sweeps of one call filled, in the accumulate type."""
 
     problem: Problem
     operands: Operands
 
     def __getitem__(self, tap: Tapped) -> Any:
-        return self.operands.seen[tap]
+        found = self.operands.seen[tap]
+        return found.astype(self.problem.accumulate, copy=False) if isinstance(tap, (Keys, Map)) else found
 
     @property
     def lse(self) -> np.ndarray:
@@ -37,10 +38,10 @@ class Filled:
 
     def weights(self, scores: np.ndarray) -> np.ndarray:
         """``e^(score - lse)`` of scores ``(*lead, Hq, Sq, ...)``; 0 where nothing was seen."""
-        lse = self.lse.reshape(self.lse.shape + (1,) * (scores.ndim - self.lse.ndim))
-        with np.errstate(invalid="ignore"):
-            found = np.where(np.isneginf(scores), np.where(np.isnan(lse), lse, 0), np.exp(scores - lse))
-        return np.asarray(found, scores.dtype)
+        lse = np.where(np.isneginf(self.lse), self.lse.dtype.type(0), self.lse)
+        found = scores - lse.reshape(lse.shape + (1,) * (scores.ndim - lse.ndim))
+        np.exp(found, out=found)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Statistic:
     finish: Callable[[Filled], Any]
     heads: Heads = "each"
     pool: Literal["mean", "max", "none"] = "mean"
+    smooth: bool = False  # whether what its taps found, as it is, has a derivative
 
     def __post_init__(self) -> None:
         if self.heads not in HEADS:

@@ -20,8 +20,19 @@ from . import operators, tensors
 from .autograd import FORWARD, Attention, Transformed
 from .calls import How, known, known_gradients, run
 from .merge import merge
+from .probes import differentiable
 
-__all__ = ["attention", "known", "known_gradients", "merge", "tensors"]
+__all__ = [
+    "attention",
+    "differentiable",
+    "entering",
+    "known",
+    "known_gradients",
+    "merge",
+    "sees_more",
+    "tensors",
+    "wants_gradient",
+]
 
 
 def attention(
@@ -46,6 +57,23 @@ def attention(
     else:
         result = run(q, k, v, how, out)
     return result if return_lse else result[0]
+
+
+def entering(q: Tensor, k: Any) -> tuple[Tensor, Any]:
+    """q and k of a probe, in the type that autocast asks for."""
+    if not torch.is_autocast_enabled("cpu"):
+        return q, k
+    return _autocast(q), _autocast(k)
+
+
+def wants_gradient(q: Tensor, k: Any, o: Options) -> bool:
+    """Whether a gradient may be asked for of what is seen."""
+    return torch.is_grad_enabled() and _wants_gradient(q, k, o.bias, o.sinks)
+
+
+def sees_more(q: Tensor, k: Any, v: Any, o: Options) -> bool:
+    """Whether attention has more to do for these tensors than fill results: then statistics are a call of their own."""
+    return torch.is_autocast_enabled("cpu") or wants_gradient(q, k, o) or _wants_gradient(v)
 
 
 def _as_operator(q: Tensor, k: Any, v: Any) -> bool:

@@ -22,15 +22,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..dtypes import name_of
-from ..layouts import empty_like, fill_padding, frames
-from ..masks import Dense, Mask
-from ..plan import BackendRefused, Plan
-from ..problem import Has, Layout, Operands, Problem, Want
-from ..replay import Grads
-from ..scores import refuse_infinite
-from ..taps import Tapped
-from ..tiles import panel_of
+from ...dtypes import name_of
+from ...layouts import empty_like, fill_padding, frames
+from ...masks import Dense, Mask
+from ...plan import BackendRefused, Plan
+from ...problem import Has, Layout, Operands, Problem, Want
+from ...replay import Grads
+from ...scores import refuse_infinite
+from ...taps import Tapped
+from ...tiles import panel_of
+from .taps import Pooled, Told, batched
 
 FAR = 2**60  # a band so far off hides, or shows, everything that exists
 SPAN_ROWS = 4096  # query rows whose mask is evaluated together
@@ -44,7 +45,7 @@ class NativeCoreMissing(RuntimeWarning):
 def load() -> tuple[ModuleType | None, str]:
     """The extension module and '', or None and why not."""
     try:
-        return import_module(".._core", __package__), ""
+        return import_module("..._core", __package__), ""
     except ImportError as error:
         if os.environ.get("TILEFOLD_BACKEND") == "native":
             raise ImportError(
@@ -79,7 +80,7 @@ class NativeBackend:
             return "keys and values in pages have no gradients"
         if p.dropout:
             return "dropout is not offered: exact attention has no random part"
-        if p.want & (Want.SHOWN | Want.ROWS | Want.KEYS):
+        if p.want & Want.SHOWN:
             return "the native core shows its tiles to no Python code"
         return None
 
@@ -100,15 +101,33 @@ class NativeBackend:
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
         arrays = _arrays(p, x, _plain(out), x.lse)
         arrays += [x.table, *(None if a is None else _as_core_reads(a) for a in (x.k_scale, x.v_scale))]
-        reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
+        if p.want & Want.ROWS:
+            told = Told(CORE, p, x)
+            parts = _parts(plan, x, rows, apart=bool(told.regions))
+            reports = [run(*arrays, *part, whose, told.of(part)) for part in parts]
+            x.seen.update(told.finished())
+        else:
+            reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):
             refuse_infinite(x.given_bias, p.accumulate)
         if out is not x.out:
             x.out[...] = out
         return max((used for used, _ in reports), default=0)
 
-    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> None:
-        self._refuse(plan.problem)
+    def replay(self, plan: Plan, x: Operands, taps: Sequence[Tapped]) -> int:
+        p = plan.problem
+        assert x.lse is not None
+        run, whose = running(plan).tap, team()
+        q, k, _, _, lse, bias, cells, alibi, _, q_ends, kv_ends = _arrays(p, x, x.q, x.lse)
+        scale = None if x.k_scale is None else _as_core_reads(x.k_scale)
+        arrays = (q, k, lse, bias, cells, alibi, q_ends, kv_ends, x.table, scale)
+        used = 0
+        for some in batched(taps):
+            pools = Pooled(CORE, p, x, some)
+            for part in _parts(plan, x, None):
+                used = max(used, run(*arrays, *part, whose, pools.core))
+            x.seen.update(pools.finished())
+        return used
 
     def gradient(self, plan: Plan, x: Operands, dout: np.ndarray, dlse: np.ndarray | None) -> Grads:
         p, acc = plan.problem, plan.problem.accumulate
@@ -212,13 +231,14 @@ def _evaluated(mask: Mask | None) -> Mask | None:
     return None if isinstance(mask, Dense) else mask
 
 
-def _parts(plan: Plan, x: Operands, rows: slice | None) -> Iterator[tuple[Any, ...]]:
-    """The calls that a sweep falls into: one, unless a mask must be evaluated panel by panel."""
+def _parts(plan: Plan, x: Operands, rows: slice | None, apart: bool = False) -> Iterator[tuple[Any, ...]]:
+    """The calls that a sweep falls into: one, unless a mask must be evaluated panel by panel, or each sequence has what
+    is its own: regions."""
     p = plan.problem
     every = (0, p.q_len) if rows is None else (rows.start, rows.stop)
     mask = _evaluated(x.mask)
     if mask is None:
-        if rows is None or p.layout is not Layout.VARLEN:
+        if not apart and (rows is None or p.layout is not Layout.VARLEN):
             yield (*every, -1, -1, None, None, None, 0)
             return
         for n, frame in enumerate(frames(p, x)):
