@@ -494,6 +494,8 @@ def _cached_frames(x: Operands, kv_len: int) -> list[Frame]:
 def _check_held(x: Operands, band: Band, heads: int, kv_len: int, stored: Stored) -> None:
     """A cache that forgets must not be asked for what it forgot: keys `kept` to `first` of each sequence."""
     assert x.kv_ends is not None
+    if band.left is not None and band.right is not None and band.left + band.right < 0:
+        return  # nobody sees anything
     firsts = np.broadcast_to(np.asarray(stored.first), x.kv_ends.shape)
     for n, (frame, first) in enumerate(zip(_cached_frames(x, kv_len), firsts.tolist(), strict=True)):
         lo, hi = stored.kept, min(first, frame.kv_len)
