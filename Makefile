@@ -35,7 +35,7 @@ memcheck := valgrind --quiet --error-exitcode=1 --exit-on-first-error=yes --sona
 build test sanitize-python: export TILEFOLD_BACKEND = native
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo generate serve small-gpt view test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
+.PHONY: help build demo generate serve small-gpt study view test support selftest sanitize-python fuzz valgrind emulate emulate-arm lint bench clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -56,6 +56,9 @@ small-gpt: $(call installed,$(MODEL_EXTRAS)) ## Train a small GPT with each atte
 
 view: $(call installed,$(BROWSER_EXTRAS)) .venv/installed/smollm2 ## Show what a language model looks at, in build/view.html; draws docs/view.png.
 	mkdir -p build && $(python) examples/view/view.py --html build/view.html --screenshot docs/view.png
+
+study: $(call installed,$(MODEL_EXTRAS)$(comma)demo) .venv/installed/model ## See what the heads of two models do; draws docs/study.png.
+	$(python) examples/study/study.py
 
 test: $(call installed,$(TEST_EXTRAS)) ## Run all tests; a missing native core is an error.
 	$(python) -m pytest

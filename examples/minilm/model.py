@@ -56,6 +56,14 @@ class MiniLM:
         windows = [self._vectors(ids[i : i + self.window], layer) for i in starts]
         return tuple(np.concatenate(parts, axis=1) for parts in zip(*windows, strict=True))
 
+    def layers(self, ids):
+        """Query, key and value vectors of every layer of one window in turn, each (heads, len(ids) + 2, dim): those
+        of [CLS] and [SEP] are the first and the last."""
+        x = self._embed(ids)
+        for layer in range(self.n_layers):
+            yield self._heads(x, layer)
+            x = self._layer(x, layer)
+
     def hidden(self, ids):
         """Last hidden states (len(ids) + 2, 384) of one window, those of [CLS] and [SEP] included."""
         x = self._embed(ids)

@@ -191,6 +191,8 @@ def understand(
     band = _masks(o, x, kv_len)
     if stored is not None and stored.first is not None:
         _check_held(x, band, heads, kv_len, stored)
+    if stored is not None and stored.settled is not None:
+        _check_order(x, band, kv_len, stored)
     _score_arrays(o, x, kv_len)
     problem = Problem(
         batch=batch,
@@ -492,6 +494,8 @@ def _cached_frames(x: Operands, kv_len: int) -> list[Frame]:
 def _check_held(x: Operands, band: Band, heads: int, kv_len: int, stored: Stored) -> None:
     """A cache that forgets must not be asked for what it forgot: keys `kept` to `first` of each sequence."""
     assert x.kv_ends is not None
+    if band.left is not None and band.right is not None and band.left + band.right < 0:
+        return  # nobody sees anything
     firsts = np.broadcast_to(np.asarray(stored.first), x.kv_ends.shape)
     for n, (frame, first) in enumerate(zip(_cached_frames(x, kv_len), firsts.tolist(), strict=True)):
         lo, hi = stored.kept, min(first, frame.kv_len)
@@ -510,6 +514,21 @@ def _check_held(x: Operands, band: Band, heads: int, kv_len: int, stored: Stored
             "some of them: pass the window that the cache has, or a narrower one"
             + (", as mask=tilefold.anchors(anchors, window - 1)" if stored.kept else "")
         )
+
+
+def _check_order(x: Operands, band: Band, kv_len: int, stored: Stored) -> None:
+    """What an eviction left is all before the last query that it knew: earlier ones cannot be told what to see."""
+    if band.right is None and x.mask is None:
+        return
+    for n, (frame, settled) in enumerate(
+        zip(_cached_frames(x, kv_len), stored.settled.tolist(), strict=True)
+    ):
+        since = frame.kv_len - settled
+        if settled and frame.q_len > since + 1:
+            raise ValueError(
+                f"q must have at most {since + 1} rows for sequence {n}, whose cache evicted keys and got {since} "
+                f"since then; got {frame.q_len}, of which the first stand where nobody knows any more what came after"
+            )
 
 
 def _sees(mask: Mask, band: Band, frame: Frame, heads: int, lo: int, hi: int) -> bool:

@@ -44,7 +44,9 @@ class Stored:
 
     k and v ``(B, Hkv, capacity, D or Dv)``, or with a `table` ``(B, n)`` of pages ``(pages, Hkv, page, D or Dv)``;
     `lengths` ``(B,)``: how many keys each sequence has, by position; those before `first` ``(B,)`` are gone, but for
-    the first `kept` of all. With `cascade`, pages that all sequences begin with may be folded once for all.
+    the first `kept` of all. With `cascade`, pages that all sequences begin with may be folded once for all. The first
+    `settled` ``(B,)`` keys are what an eviction left: they come before all later ones, in an order that nobody knows;
+    `dropped` ``(B,)`` is how many it took, so that ``lengths + dropped`` is the next position.
 
     Keys and values may be codes: int8 or float8_e4m3fn, or uint8, which holds two int4 in a byte, the first in its low
     half, so that the last axis is half as long. Then `k_scale` and `v_scale` are float32, the shape of k and v without
@@ -61,6 +63,8 @@ class Stored:
     cascade: bool = False
     k_scale: Any = None
     v_scale: Any = None
+    settled: Any = None
+    dropped: Any = None
 
 
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:

@@ -7,7 +7,6 @@ Bits are the matter of `laws/test_cached_bits.py`, files that of `faults/test_sn
 import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -1138,7 +1137,7 @@ WRONG = {
         Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), plan=tf.explain(Q, two()[0, 1]).plan
     ),
     "probes must not be given with packed queries over a cache": lambda: tf.attention(
-        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), probes=[SimpleNamespace(name="none", start=None)]
+        Q[0], two()[0, 1], cu_seqlens_q=np.array([0, 1, 1]), probes=[tf.entropy()]
     ),
     "mask of shape (4, 2, 12) does not broadcast to (..., heads, q_len, kv_len) = (4, 1, 4)": lambda: tf.attention(
         Q[0], two()[0, 1], mask=np.ones((4, 2, 12), bool), cu_seqlens_q=np.array([0, 1, 1])

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2] / "src" / "tilefold"
 ORDER = [
     *("frameworks", "dtypes", "problem", "layouts", "masks", "tiles"),
     *("scores", "stats", "fold", "replay", "taps", "plan", "backends", "threads", "probes"),
-    *("arrays", "caches", "call", "shortcut", "witnesses", "api", "watching", "drop_in"),
+    *("arrays", "caches", "call", "shortcut", "witnesses", "api", "eviction", "watching", "drop_in"),
     *("flash", "naive", "bench", "view", "cli"),
 ]
 

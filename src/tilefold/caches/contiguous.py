@@ -14,6 +14,7 @@ import numpy as np
 
 from ..layouts import Stored
 from ..masks import integer
+from .kept import chosen, cut, memory, unmoved
 from .rotary import Rotary, keys_turned
 from .rows import CacheFull, New, Rows, bits, by_name, shortened
 
@@ -56,7 +57,8 @@ class KVCache:
         self._grows = capacity is None
         room = 0 if capacity is None else integer("capacity", capacity, 0)
         self._memory = self._rows.empty(self._batch, self._rows.kv_heads, room)
-        self._lengths = np.zeros(self._batch, np.int64)
+        self._lengths, self._dropped, self._settled = np.zeros((3, self._batch), np.int64)
+        self._evicted = False
 
     def append(
         self, k: Any, v: Any, lengths: Any = None, *, cu_seqlens: Any = None, rotary: Rotary | None = None
@@ -76,7 +78,7 @@ class KVCache:
             CacheFull: beyond a fixed capacity. As after any other error, nothing was written.
         """
         new = self._rows.enter(k, v, self._batch, lengths, cu_seqlens)
-        new = self._rows.stored(keys_turned(rotary, new, self._lengths))
+        new = self._rows.stored(keys_turned(rotary, new, self.seen_tokens))
         ends = self._lengths + new.counts
         if (most := int(ends.max())) > self.capacity:
             if not self._grows:
@@ -87,12 +89,39 @@ class KVCache:
         self._lengths = ends
 
     def truncate(self, lengths: Any) -> None:
-        """Forget what comes after the first `lengths` rows, one integer or ``(batch,)``: tokens that were guessed."""
-        self._lengths = shortened(lengths, self._lengths)
+        """Forget what comes after the first `lengths` rows, one integer or ``(batch,)``: tokens that were guessed.
+
+        What `keep` left can be forgotten as a whole only: ValueError for a length within it.
+        """
+        to = shortened(lengths, self._lengths)
+        cut(to, self._settled)
+        self._lengths = to
+        self._dropped, self._settled = (np.where(to > 0, x, 0) for x in (self._dropped, self._settled))
+
+    def keep(self, keys: Any) -> None:
+        """Forget every row but these, which move up in their order: see `tilefold.eviction`, which chooses them.
+
+        Args:
+            keys: ``(batch, kv_heads, n)``, or ``(batch, 1, n)`` for all heads: the rows that stay, ascending, as many
+                in each head of a sequence; -1 at the end where a sequence keeps fewer than n.
+
+        Lengths and places then count what is left. `seen_tokens` goes on counting what was appended.
+        """
+        keys, counts = chosen(keys, self._lengths, self._rows.kv_heads)
+        heads = np.arange(self._rows.kv_heads)[:, None]
+        for mine in memory(self.stored()):
+            for rows, own, count in zip(mine, keys, counts.tolist(), strict=True):
+                first = unmoved(own[:, :count])
+                rows[:, first:count] = rows[heads, own[:, first:count]]
+        fewer = counts < self._lengths
+        self._dropped = self._dropped + self._lengths - counts
+        self._settled = np.where(fewer, counts, self._settled)
+        self._lengths, self._evicted = counts, bool(self._settled.any())
 
     def reset(self) -> None:
         """Forget every row, and keep the memory."""
-        self._lengths = np.zeros(self._batch, np.int64)
+        self._lengths, self._dropped, self._settled = np.zeros((3, self._batch), np.int64)
+        self._evicted = False
 
     def snapshot(self, path: str | os.PathLike[str]) -> None:
         """Write the rows in use to a file, which is there whole or not at all (see `tilefold.caches.snapshot`)."""
@@ -104,6 +133,8 @@ class KVCache:
             **rows.state,
             "capacity": None if self._grows else self.capacity,
             "lengths": self._lengths.tolist(),
+            "dropped": self._dropped.tolist(),
+            "settled": self._settled.tolist(),
         }
         write(path, "KVCache", rows.dtype, state, self._pieces(), int(self._lengths.sum()) * rows.nbytes)
 
@@ -123,12 +154,21 @@ class KVCache:
                 file.expect(cache._grows, "its sequences are longer than its capacity")
                 cache._grow(most)
             cache._lengths = lengths
+            if "dropped" in file.state:
+                cache._dropped, cache._settled = (
+                    np.array(file.counts(name, cache._batch), np.int64) for name in ("dropped", "settled")
+                )
+                file.expect(bool((cache._settled <= lengths).all()), "more rows were kept than there are")
+                cache._evicted = bool(cache._settled.any())
             file.fill(cache._pieces(), int(lengths.sum()) * cache._rows.nbytes)
         return cache
 
     def stored(self) -> Stored:
         """What `tilefold.attention` reads."""
-        return Stored(lengths=self._lengths, **by_name(self._memory))
+        evicted: dict[str, Any] = (
+            {"settled": self._settled, "dropped": self._dropped} if self._evicted else {}
+        )
+        return Stored(lengths=self._lengths, **by_name(self._memory), **evicted)
 
     @property
     def k(self) -> Any:
@@ -156,6 +196,12 @@ class KVCache:
     def lengths(self) -> np.ndarray:
         """How many rows each sequence has, ``(batch,)``; a copy."""
         return self._lengths.copy()
+
+    @property
+    def seen_tokens(self) -> np.ndarray:
+        """How many rows each sequence was given, ``(batch,)``, those that `keep` dropped included: the position of the
+        next token, where `lengths` is its place."""
+        return self._lengths + self._dropped
 
     @property
     def capacity(self) -> int:

@@ -11,13 +11,14 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..layouts import Stored
 from ..masks import integer
+from .kept import chosen, cut, memory, unmoved
 from .pool import Pool
 from .rotary import Rotary, keys_turned
 from .rows import New, Rows, by_name, per_sequence, shortened
@@ -25,11 +26,16 @@ from .rows import New, Rows, by_name, per_sequence, shortened
 
 @dataclass(slots=True)
 class _Sequence:
-    """Pages in the order of positions, -1 for one given back; keys before `first` are gone, but for anchors."""
+    """Pages in the order of positions, -1 for one given back; keys before `first` are gone, but for anchors.
+
+    Of an eviction: how many rows it `dropped`, and at which length it `settled`.
+    """
 
     pages: array[int] = field(default_factory=lambda: array("q"))
     length: int = 0
     first: int = 0
+    dropped: int = 0
+    settled: int = 0
 
 
 class PagedKVCache:
@@ -93,7 +99,7 @@ class PagedKVCache:
         for page in origin.pages:
             if page >= 0:
                 self._pool.share(page)
-        return self._add(_Sequence(origin.pages[:], origin.length, origin.first))
+        return self._add(replace(origin, pages=origin.pages[:]))
 
     def free(self, ids: Any) -> None:
         """Forget a sequence, or several; pages that no other one holds are free."""
@@ -132,7 +138,9 @@ class PagedKVCache:
         sequences = list(self._named(ids, distinct=True).values())
         new = self._pool.rows.enter(k, v, len(sequences), lengths, cu_seqlens)
         starts = [sequence.length for sequence in sequences]
-        new = self._pool.rows.stored(keys_turned(rotary, new, np.array(starts, np.int64)))
+        new = self._pool.rows.stored(
+            keys_turned(rotary, new, np.array([s.length + s.dropped for s in sequences], np.int64))
+        )
         growing = [(s, int(n)) for s, n in zip(sequences, new.counts, strict=True) if n]
         self._pool.reserve(self._needed(growing))
         for sequence, _ in growing:
@@ -170,7 +178,8 @@ class PagedKVCache:
     def truncate(self, ids: Any, lengths: Any) -> None:
         """Forget what comes after the first `lengths` positions, of one sequence or several: tokens that were guessed.
 
-        A length within what a `window` has given back is refused: the sequence would have a hole.
+        A length within what a `window` has given back is refused: the sequence would have a hole. So is one within what
+        `keep` left, which can be forgotten as a whole only.
         """
         named = self._named(ids, distinct=True)
         now = np.array([s.length for s in named.values()], np.int64)
@@ -181,9 +190,41 @@ class PagedKVCache:
                     f"lengths must not lie in what was given back, {self._anchors} to {sequence.first} of "
                     f"sequence {id}; got {to[n]}"
                 )
+        cut(np.array(to, np.int64), np.array([s.settled for s in named.values()], np.int64))
         for sequence, length in zip(named.values(), to, strict=True):
             self._cut(sequence, length)
             sequence.first = sequence.first if length > self._anchors else 0
+            if not length:
+                sequence.dropped = sequence.settled = 0
+
+    def keep(self, ids: Any, keys: Any) -> None:
+        """Forget every row of sequences but these, which move up in their order: see `tilefold.eviction`.
+
+        Args:
+            ids: one id or several, each at most once.
+            keys: ``(len(ids), kv_heads, n)``, or ``(len(ids), 1, n)`` for all heads: the rows that stay, ascending, as
+                many in each head of a sequence; -1 at the end where a sequence keeps fewer than n.
+
+        Raises:
+            CacheFull: pages that others share are copied where rows move into them, and a fixed number of pages does
+                not suffice. As after any other error, nothing has changed.
+            ValueError: for a cache with a `window`, which forgets by itself.
+
+        Lengths and places then count what is left. `seen_tokens` goes on counting what was appended.
+        """
+        if self._window is not None:
+            raise ValueError("keep must not be asked of a cache with a window, which forgets by itself")
+        sequences = list(self._named(ids, distinct=True).values())
+        lengths = np.array([s.length for s in sequences], np.int64)
+        keys, counts = chosen(keys, lengths, self._pool.rows.kv_heads)
+        moves = [
+            (s, rows[:, :count], unmoved(rows[:, :count]))
+            for s, rows, count in zip(sequences, keys, counts.tolist(), strict=True)
+            if count < s.length
+        ]
+        self._pool.reserve(self._copies(moves))
+        for move in moves:
+            self._pack(*move)
 
     def __getitem__(self, ids: Any) -> PagedView:
         """Keys and values for `tilefold.attention`: a batch of these sequences, in this order; an id may repeat."""
@@ -222,6 +263,7 @@ class PagedKVCache:
                 [id, s.length, s.first, [number.get(page, -1) for page in s.pages]]
                 for id, s in self._sequences.items()
             ],
+            "evicted": [[id, s.dropped, s.settled] for id, s in self._sequences.items() if s.dropped],
         }
         write(
             path, "PagedKVCache", rows.dtype, state, self._pieces(filled), sum(filled.values()) * rows.nbytes
@@ -246,6 +288,8 @@ class PagedKVCache:
             held = dict(zip((cache._pool.take() for _ in filled), filled, strict=True))
             for id, length, first, pages in file.sequences(last, page, filled):
                 cache._sequences[id] = _Sequence(array("q", pages), length, first)
+            for id, dropped, settled in file.evicted({id: s.length for id, s in cache._sequences.items()}):
+                cache._sequences[id].dropped, cache._sequences[id].settled = dropped, settled
             cache._next = last
             counts = Counter(n for s in cache._sequences.values() for n in s.pages if n >= 0)
             file.expect(len(counts) == len(filled), "a page belongs to no sequence")
@@ -263,6 +307,12 @@ class PagedKVCache:
     def lengths(self, ids: Any) -> np.ndarray:
         """How many positions each of these sequences has, those given back included."""
         return np.array([self._sequences[id].length for id in self._named(ids)], np.int64)
+
+    def seen_tokens(self, ids: Any) -> np.ndarray:
+        """How many rows each of these sequences was given, those that `keep` dropped included: the position of the next
+        token, where `lengths` is its place."""
+        sequences = [self._sequences[id] for id in self._named(ids)]
+        return np.array([s.length + s.dropped for s in sequences], np.int64)
 
     @property
     def page(self) -> int:
@@ -365,6 +415,42 @@ class PagedKVCache:
         if self._window is not None:
             s.first = max(s.first, s.length - self._window + 1)
 
+    def _copies(self, moves: list[tuple[_Sequence, np.ndarray, int]]) -> int:
+        """How many free pages the moves take at most at one time, one after the other."""
+        dropped: Counter[int] = Counter()
+        now = most = 0
+        for s, rows, first in moves:
+            end = -(-rows.shape[1] // self.page)
+            for page in s.pages[end:]:
+                dropped[page] += 1
+                now -= dropped[page] == self._pool.holders[page]
+            for page in s.pages[first // self.page : end]:
+                if self._pool.holders[page] - dropped[page] > 1:
+                    dropped[page] += 1
+                    now += 1
+            most = max(most, now)
+        return most
+
+    def _pack(self, s: _Sequence, rows: np.ndarray, first: int) -> None:
+        """Move these rows ``(kv_heads, n)`` of a sequence up, into pages of its own; those before `first` stay."""
+        count, holders = rows.shape[1], self._pool.holders
+        pages = np.array(s.pages, np.int64)
+        heads, moving = np.arange(len(rows))[:, None], rows[:, first:]
+        every = memory(self._stored((), False))
+        taken = [x[pages[moving // self.page], heads, moving % self.page] for x in every]
+        start = first // self.page
+        left = s.length
+        self._cut(s, count)
+        for n in range(start, len(s.pages)):
+            if holders[s.pages[n]] > 1:
+                s.pages[n] = self._pool.copied(s.pages[n], max(first - n * self.page, 0))
+        to = np.arange(first, count)
+        pages = np.array(s.pages, np.int64)
+        for x, some in zip(every, taken, strict=True):
+            x[pages[to // self.page], heads, to % self.page] = some
+        s.dropped += left - count
+        s.settled = count
+
     def _extend(self, s: _Sequence, count: int) -> None:
         """Room for `count` more rows, in pages of its own."""
         if (rows := s.length % self.page) and self._pool.holders[s.pages[-1]] > 1:
@@ -417,9 +503,15 @@ class PagedKVCache:
             row[: len(s.pages)] = s.pages
         lengths = np.array([s.length for s in sequences], np.int64)
         first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
+        evicted: dict[str, Any] = {}
+        if any(s.settled for s in sequences):
+            evicted = {
+                name: np.array([getattr(s, name) for s in sequences], np.int64)
+                for name in ("settled", "dropped")
+            }
         return Stored(
             lengths=lengths, table=table, first=first, kept=self._anchors, cascade=cascade,
-            **by_name(self._pool.memory),
+            **by_name(self._pool.memory), **evicted,
         )  # fmt: skip
 
 

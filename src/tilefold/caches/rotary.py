@@ -94,7 +94,8 @@ class Rotary:
             cache: a `KVCache`, or sequences ``cache[ids]`` of a `PagedKVCache`.
             q_lengths: of padded queries, how many are real; the rest comes back as it is.
         """
-        rows, lengths = enter_floats("q", q), np.asarray(cache.stored().lengths, np.int64)
+        rows, stored = enter_floats("q", q), cache.stored()
+        lengths = np.asarray(stored.lengths, np.int64) + (0 if stored.dropped is None else stored.dropped)
         batch = len(lengths)
         if cu_seqlens_q is not None:
             if q_lengths is not None:

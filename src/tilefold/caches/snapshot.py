@@ -202,6 +202,16 @@ class Reader:
             )
             yield id, length, first, pages
 
+    def evicted(self, lengths: dict[int, int]) -> Iterator[tuple[int, int, int]]:
+        """(id, dropped, settled) of each sequence of a paged cache that lost rows, of these lengths."""
+        for entry in self.state.get("evicted", ()):
+            self.expect(
+                isinstance(entry, list) and len(entry) == 3, "an eviction is not described by three entries"
+            )
+            id, dropped, settled = (self._integer("an eviction", x) for x in entry)
+            self.expect(settled <= lengths.get(id, -1), f"sequence {id} kept more rows than there are")
+            yield id, dropped, settled
+
     def fill(self, pieces: Iterable[np.ndarray], size: int) -> None:
         """Read the payload into arrays of `size` bytes together, and check it."""
         self.expect(size == self.size, f"it promises {self.size} bytes where {size} belong")
