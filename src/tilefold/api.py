@@ -109,13 +109,21 @@ def attention(
     (8, 1000, 64)
     """
     simple = (
-        mask is None and window is None and bias is None and alibi is None and sinks is None and cu_seqlens_q is None
-        and cu_seqlens_k is None and q_lengths is None and kv_lengths is None and probes == () and out is None
+        mask is None and bias is None and alibi is None and sinks is None and probes == () and out is None
         and invariant is False and backend == "auto" and plan is None and not unknown
     )  # fmt: skip
     door = None if type(q) is np.ndarray else door_of(q)
     if simple:
-        result = (door or shortcut).known(q, k, v, causal, scale, softcap, return_lse)
+        way = door or shortcut
+        if (
+            v is not None and window is None and q_lengths is None and kv_lengths is None and cu_seqlens_q is None
+            and cu_seqlens_k is None
+        ):  # fmt: skip
+            result = way.known(q, k, v, causal, scale, softcap, return_lse)
+        else:
+            result = way.known_sequences(
+                q, k, v, causal, window, scale, softcap, return_lse, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k
+            )  # fmt: skip
         if result is not None:
             return result
     refuse_unknown(unknown)
@@ -130,8 +138,6 @@ def attention(
         return door.attention(q, k, v, options, return_lse, out, backend, plan)
     want = (Want.LSE if return_lse else Want(0)) | (Want.TAPS if probes else Want(0))
     call = folded(q, k, v, options, want=want, backend=backend, plan=plan, out=out)
-    if simple:
-        shortcut.remember(call, q, k, v, causal, scale, softcap, return_lse)
     result = out if out is not None else leave(q, call.out)
     if probes:
         seen = SimpleNamespace(**_replayed(call, probes))

@@ -62,6 +62,10 @@ class Stored:
     k_scale: Any = None
     v_scale: Any = None
 
+    def stored(self) -> Stored:
+        """Itself: what a cache holds at one moment stands for keys and values too."""
+        return self
+
 
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
     """The same with its pages one after another and its codes decoded, in a copy of what the sequences use."""

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..dtypes import name_of
-from ..layouts import empty_like, fill_padding, frames
+from ..layouts import Stored, empty_like, fill_padding, frames
 from ..masks import Dense, Mask
 from ..plan import BackendRefused, Plan
 from ..problem import Has, Layout, Operands, Problem, Want
@@ -184,6 +184,43 @@ def _as_core_reads(x: np.ndarray) -> np.ndarray:
 def _plain(x: np.ndarray) -> np.ndarray:
     """Types that NumPy's buffers do not know as the integers that they are made of."""
     return x.view(f"u{x.itemsize}") if name_of(x.dtype) in ("bfloat16", "float8_e4m3fn") else x
+
+
+def whereabouts(
+    k: Any, v: Any, q_lengths: Any, kv_lengths: Any, cu_seqlens_q: Any, cu_seqlens_k: Any
+) -> tuple[Stored | None, Any, Any, tuple[Any, ...]] | None:
+    """(what a cache holds, k, v, what says where sequences lie) as the core asks for them at a known call; None where
+    the arguments must be looked at in full. Nothing is checked here but what goes together."""
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if v is not None:
+        if not packed:
+            return None, k, v, (False, q_lengths, kv_lengths, None, None, 0, None, None, -1)
+        if cu_seqlens_q is None or cu_seqlens_k is None or q_lengths is not None or kv_lengths is not None:
+            return None
+        return None, k, v, (True, cu_seqlens_q, cu_seqlens_k, None, None, 0, None, None, -1)
+    ask = getattr(k, "stored", None)
+    if packed or kv_lengths is not None or not callable(ask) or type(x := ask()) is not Stored or x.cascade:
+        return None
+    k, v, kind = x.k, x.v, -1
+    if type(k) is np.ndarray and type(v) is np.ndarray:
+        if k.dtype != v.dtype:
+            return None
+        kind = k.dtype.num
+        k, v = _plain(k), _plain(v)
+    where = (False, q_lengths, x.lengths, x.table, x.first, x.kept, x.k_scale, x.v_scale, kind)
+    return x, k, v, where
+
+
+def is_window(window: Any) -> bool:
+    """Whether `window` is None, or one whose equality with another means the same argument."""
+    if window is None:
+        return True
+    if type(window) is not tuple or len(window) != 2:
+        return False
+    left, right = window
+    return (left is None or (type(left) is int and 0 <= left < FAR)) and (
+        right is None or (type(right) is int and 0 <= right < FAR)
+    )
 
 
 def _as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A call on plain tensors, below autograd; known ones in a few microseconds.
 
-What a call was understood to be is kept by the core, under the types, shapes and strides of its tensors.
+What a call was understood to be is kept by the core, under the types, shapes and strides of its tensors. What says
+where sequences lie (lengths, block tables) it copies at every call, and checks the copy.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch import get_num_threads as torch_threads
@@ -15,15 +17,16 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from ...backends.cpu import CORE, running, team
+from ...backends.cpu import CORE, is_window, running, team, whereabouts
 from ...call import Call, Options, differentiated, folded, understand
 from ...plan import Plan
 from ...problem import Want
 from .tensors import leave
 
 CAUSAL, LSE, GRAD, THREADS = 1, 2, 4, 8  # of the facts that a known call has beside its tensors and scales
+PLAIN = -1, -1, None  # neither side of a window, and nothing that says where sequences lie
 
-MADE_OF = Tensor, torch.nn.Parameter, torch.empty_strided, torch.device("cpu")
+MADE_OF = Tensor, torch.nn.Parameter, np.ndarray, torch.empty_strided, torch.device("cpu")
 _known: Any = None if CORE is None else CORE.Tensors(*MADE_OF)
 _threads: Any = None if CORE is None else CORE.threads
 
@@ -51,6 +54,14 @@ class How:
         return replace(self, options=replace(o, bias=bias, sinks=sinks))
 
 
+def _is_watched() -> bool:
+    """Whether something stands around the call that must see it, or changes what it means."""
+    return (
+        is_compiling() or _len_torch_dispatch_stack() or _are_functorch_transforms_active()
+        or is_autocast_enabled("cpu") or forward_ad._current_level >= 0
+    )  # fmt: skip
+
+
 def _are_plain(causal: Any, scale: Any, softcap: Any) -> bool:
     """Whether equality of these is sameness: True == 1, but causal=1 is an error."""
     return (
@@ -63,10 +74,8 @@ def _are_plain(causal: Any, scale: Any, softcap: Any) -> bool:
 def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Any:
     """The result of a call that has no other arguments, if it can be had at once; else None."""
     if (
-        is_compiling() or _known is None or not _are_plain(causal, scale, softcap)
+        _is_watched() or _known is None or not _are_plain(causal, scale, softcap)
         or (return_lse is not True and return_lse is not False)
-        or _len_torch_dispatch_stack() or _are_functorch_transforms_active() or is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0
         or not (isinstance(k, Tensor) and isinstance(v, Tensor)) or q.is_neg() or k.is_neg() or v.is_neg()
     ):  # fmt: skip
         return None
@@ -77,16 +86,61 @@ def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_
         out, lse = Attention.apply(q, k, v, None, None, how)
         return (out, lse) if return_lse else out
     facts = (CAUSAL if causal else 0) | (LSE if return_lse else 0) | _threads(torch_threads()) * THREADS
-    result = _known.fold(q, k, v, facts, scale, softcap, team())
+    result = _known.fold(q, k, v, facts, scale, softcap, *PLAIN, team())
     if result is None:
         if q.dim() < 3 or not all(_is_plain(x) for x in (q, k, v)):
             return None
         want = Want.LSE if return_lse else Want(0)
         call = folded(q, k, v, Options(causal=causal, scale=scale, softcap=softcap), want=want)
         out, lse = leave(call.out), leave(call.lse) if return_lse else None
-        _remember(call, (q, k, v), facts, scale, softcap, (out, lse) if return_lse else (out,))
+        _remember(call, (q, k, v), (facts, scale, softcap, *PLAIN), (out, lse) if return_lse else (out,))
         result = (out, lse) if return_lse else out
     return result
+
+
+def known_sequences(
+    q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, return_lse: Any,
+    q_lengths: Any, kv_lengths: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
+) -> Any:  # fmt: skip
+    """The same for a call with lengths or a window, or with a cache for its keys and values; no gradient is asked for."""
+    if (
+        _is_watched() or _known is None or not _are_plain(causal, scale, softcap) or not is_window(window)
+        or (return_lse is not True and return_lse is not False) or not _may_be_known(q)
+        or (v is not None and not (_may_be_known(k) and _may_be_known(v)))
+    ):  # fmt: skip
+        return None
+    found = whereabouts(k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k)
+    if found is None:
+        return None
+    stored, keys, values, where = found
+    facts = (CAUSAL if causal else 0) | (LSE if return_lse else 0) | _threads(torch_threads()) * THREADS
+    left, right = (-1 if n is None else n for n in window or (None, None))
+    key = (facts, scale, softcap, left, right, where)
+    negated = stored is not None and any(
+        isinstance(x, Tensor) and x.is_neg() for x in (keys, values, stored.k_scale, stored.v_scale)
+    )
+    result = None if negated else _known.fold(q, keys, values, *key, team())
+    if result is None:
+        options = Options(
+            causal=causal, window=window, scale=scale, softcap=softcap, q_lengths=q_lengths, kv_lengths=kv_lengths,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
+        want = Want.LSE if return_lse else Want(0)
+        call = folded(q, k if stored is None else stored, v, options, want=want)
+        out, lse = leave(call.out), leave(call.lse) if return_lse else None
+        if not negated:
+            _remember(call, (q, keys, values), key, (out, lse) if return_lse else (out,))
+        result = (out, lse) if return_lse else out
+    return result
+
+
+def _may_be_known(x: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and _is_plain(x)
+        and not x.is_neg()
+        and not (x.requires_grad and is_grad_enabled())
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -131,14 +185,16 @@ def gradients(
     if result is None:
         result = tuple(leave(g) for g in differentiated(*tensors, None, o)[:3])
         call = understand(q, k, v, o, want=Want.LSE | Want.GRAD)
-        _remember(call, tensors, facts, o.scale, o.softcap, result)
+        _remember(call, tensors, (facts, o.scale, o.softcap, *PLAIN), result)
     return (*result, None, None)
 
 
 def _remember(
-    call: Call, tensors: tuple[Tensor, ...], facts: int, scale: Any, softcap: Any, results: tuple[Tensor, ...]
+    call: Call, tensors: tuple[Any, ...], key: tuple[Any, ...], results: tuple[Tensor, ...]
 ) -> None:
-    """Keep what was understood, if the native core runs it as it is."""
-    if call.plan.backend == "native" and not call.squeeze and _known is not None:
+    """Keep what was understood, if the native core runs it as it is. `key` is what tells it apart beside its tensors."""
+    if call.plan.backend != "native" or call.squeeze or call.shared or call.operands.mask is not None:
+        return
+    if _known is not None:
         made = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
-        _known.remember(list(tensors), facts, scale, softcap, running(call.plan), made)
+        _known.remember(list(tensors), *key, running(call.plan), made)
