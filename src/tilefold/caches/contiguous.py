@@ -67,12 +67,13 @@ class KVCache:
         k, v = self._rows.enter(k, v, self._batch)
         new = counted(lengths, self._batch, k.shape[2])
         ends = self._lengths + new
-        if (most := int(ends.max())) > self.capacity:
+        if (most := max(ends.tolist())) > self.capacity:
             if not self._grows:
                 raise CacheFull(f"the capacity of the cache is {self.capacity} rows, and {most} are needed")
             self._grow(most)
+        starts, counts = self._lengths.tolist(), new.tolist()
         for mine, rows in ((self._k, k), (self._v, v)):
-            self._write(bits(mine), bits(rows), new)
+            _write(bits(mine), bits(rows), starts, counts)
         self._lengths = ends
 
     def truncate(self, lengths: Any) -> None:
@@ -161,19 +162,21 @@ class KVCache:
             bits(grown)[:, :, :used] = bits(old)[:, :, :used]
         self._k, self._v = k, v
 
-    def _write(self, mine: np.ndarray, rows: np.ndarray, new: np.ndarray) -> None:
-        at, most = self._lengths, int(new.max())
-        if (at == at[0]).all() and (new == most).all():
-            mine[:, :, at[0] : at[0] + most] = rows[:, :, :most]
-        elif most == 1:
-            some = np.flatnonzero(new)
-            mine[some, :, at[some]] = rows[some, :, 0]
-        else:
-            for n, (start, count) in enumerate(zip(at.tolist(), new.tolist(), strict=True)):
-                mine[n, :, start : start + count] = rows[n, :, :count]
-
     def _pieces(self) -> Iterator[np.ndarray]:
         """The memory in use, in the order of a file."""
         for mine in (self._k, self._v):
             for n, length in enumerate(self._lengths.tolist()):
                 yield from mine[n, :, :length]
+
+
+def _write(mine: np.ndarray, rows: np.ndarray, starts: list[int], counts: list[int]) -> None:
+    """So many rows of each sequence to where it ends."""
+    start, most = starts[0], max(counts)
+    if min(counts) == most and starts.count(start) == len(starts):
+        mine[:, :, start : start + most] = rows[:, :, :most]
+    elif most == 1:
+        some = np.flatnonzero(counts)
+        mine[some, :, np.array(starts)[some]] = rows[some, :, 0]
+    else:
+        for n, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            mine[n, :, start : start + count] = rows[n, :, :count]

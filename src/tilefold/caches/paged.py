@@ -21,6 +21,8 @@ from ..masks import integer
 from .pool import Pool
 from .rows import Rows, counted, per_sequence, shortened
 
+NO_PAGE = array("q", [-1])
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -114,7 +116,7 @@ class PagedKVCache:
         sequences = list(self._named(ids, distinct=True).values())
         k, v = self._pool.rows.enter(k, v, len(sequences))
         new = counted(lengths, len(sequences), k.shape[2])
-        growing = [(s, int(n)) for s, n in zip(sequences, new, strict=True) if n]
+        growing = [(s, n) for s, n in zip(sequences, new.tolist(), strict=True) if n]
         self._pool.reserve(self._needed(growing))
         starts = [sequence.length for sequence in sequences]
         for sequence, _ in growing:
@@ -305,7 +307,7 @@ class PagedKVCache:
         elif not isinstance(ids, (list, tuple, range, np.ndarray)):
             raise TypeError(f"ids must be one id or a sequence of them, got {type(ids).__name__}")
         named = [integer("id", id, None) for id in ids]
-        sequences = {id: self._of(id) for id in named}
+        sequences = {id: self._sequences.get(id) or self._of(id) for id in named}
         if distinct and len(sequences) < len(named):
             twice = next(id for id, n in Counter(named).items() if n > 1)
             raise ValueError(f"ids must differ, got {twice} twice")
@@ -349,12 +351,14 @@ class PagedKVCache:
     def _write(
         self, sequences: list[_Sequence], starts: list[int], new: np.ndarray, k: np.ndarray, v: np.ndarray
     ) -> None:
-        if new.max(initial=0) == 1:
-            some = np.flatnonzero(new)
+        counts = new.tolist()
+        if max(counts, default=0) == 1:
+            some = [n for n, count in enumerate(counts) if count]
             places = [
                 sequences[n].pages[starts[n] // self.page] * self.page + starts[n] % self.page for n in some
             ]
-            self._pool.write(np.array(places), k[some, :, 0], v[some, :, 0])
+            k, v = (x[:, :, 0] if len(some) == len(counts) else x[some, :, 0] for x in (k, v))
+            self._pool.write(np.array(places), k, v)
             return
         for n, (s, start) in enumerate(zip(sequences, starts, strict=True)):
             at = np.arange(start, s.length)
@@ -386,10 +390,13 @@ class PagedKVCache:
                 yield from (head[:rows] for head in x[page])
 
     def _stored(self, ids: tuple[int, ...], cascade: bool) -> Stored:
-        sequences = [self._of(id) for id in ids]
-        table = np.full((len(ids), roomy(max((len(s.pages) for s in sequences), default=0))), -1)
-        for row, s in zip(table, sequences, strict=True):
-            row[: len(s.pages)] = s.pages
+        sequences = [self._sequences.get(id) or self._of(id) for id in ids]
+        width = roomy(max((len(s.pages) for s in sequences), default=0))
+        pages = array("q")
+        for s in sequences:
+            pages += s.pages
+            pages += NO_PAGE * (width - len(s.pages))
+        table = np.frombuffer(pages, np.int64).reshape(len(ids), width)
         lengths = np.array([s.length for s in sequences], np.int64)
         first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
         return Stored(self._pool.k, self._pool.v, lengths, table, first, self._anchors, cascade)

@@ -102,7 +102,7 @@ def known_sequences(
     q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, return_lse: Any,
     q_lengths: Any, kv_lengths: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
 ) -> Any:  # fmt: skip
-    """The same for a call with lengths or a window, or with a cache for its keys and values; no gradient is asked for."""
+    """The same for a call with lengths or a window, or with a cache for its keys and values, without a gradient."""
     if (
         _is_watched() or _known is None or not _are_plain(causal, scale, softcap) or not is_window(window)
         or (return_lse is not True and return_lse is not False) or not _may_be_known(q)
@@ -192,7 +192,7 @@ def gradients(
 def _remember(
     call: Call, tensors: tuple[Any, ...], key: tuple[Any, ...], results: tuple[Tensor, ...]
 ) -> None:
-    """Keep what was understood, if the native core runs it as it is. `key` is what tells it apart beside its tensors."""
+    """Keep what was understood, if the native core runs it as it is, under its tensors and the rest of its `key`."""
     if call.plan.backend != "native" or call.squeeze or call.shared or call.operands.mask is not None:
         return
     if _known is not None:
