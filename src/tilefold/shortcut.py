@@ -125,7 +125,6 @@ def _sequences_key(q: np.ndarray, k: Any, v: Any, where: Key) -> Key | None:
     return (
         *_alike(q, k, v),
         (q_ends.shape, kv_ends.shape) if packed else (q_ends is None, kv_ends is None),
-        first is None,
         kind,
         None if table is None else table.shape,
         None if k_scale is None else (k_scale.shape, k_scale.strides, k_scale.dtype),
@@ -144,7 +143,7 @@ def _first(key: Key | None, q: np.ndarray, k: Any, v: Any, o: Options, return_ls
 def _remember(key: Key, call: Call, return_lse: bool) -> None:
     """Keep a call, if the native core runs it as it is."""
     x, p = call.operands, call.problem
-    if call.plan.backend != "native" or call.squeeze or call.shared or x.q.ndim < 3 or x.mask is not None:
+    if call.plan.backend != "native" or call.squeeze or x.q.ndim < 3 or x.mask is not None:
         return
     arrays = [a for a in (x.q, x.k, x.v, x.k_scale, x.v_scale) if a is not None]
     if any(step % a.itemsize for a in arrays for step in a.strides):

@@ -350,7 +350,12 @@ def test_what_is_forgotten_is_refused_however_well_the_call_is_known(way, looked
     held.held = replace(held.held, first=stored.lengths - np.array([1, 9, 9]))
     with pytest.raises(ValueError, match="the cache has forgotten keys 0 to 38 of sequence 0"):
         tf.attention(q, held, window=(7, 0))
-    held.held = replace(held.held, kept=39)
+    held.held = replace(held.held, first=np.full(BATCH, 2**64 - 1, np.uint64))
+    with pytest.raises(
+        ValueError, match="the cache has forgotten keys 0 to 18446744073709551614 of sequence 0"
+    ):
+        tf.attention(q, held, window=(7, 0))
+    held.held = replace(held.held, first=stored.lengths - np.array([1, 9, 9]), kept=39)
     known(looked_at, q, held, window=(7, 0))
 
 
@@ -416,9 +421,19 @@ def test_codes_that_cross_as_the_same_bytes_keep_apart(way):
     for _ in range(3):
         for cache, right in zip(caches, expected, strict=True):
             agree(tf.attention(q, cache), right)
-    for keys, values in (kinds, kinds[::-1]):
+    for keys, values in (kinds, kinds[::-1], (kinds[1], raw), (raw, kinds[1])):
         with pytest.raises(TypeError, match="k and v must be stored in one type, got k "):
             tf.attention(q, Held(keys, values, np.full(BATCH, 5), k_scale=scale, v_scale=scale))
+
+
+def test_a_cascade_is_looked_at_each_time(way, looked_at):
+    """Whether it pays depends on what the sequences share at the moment."""
+    (q, view), _ = pages(way, "float32")
+    tf.attention(q, view)
+    asked = view.cache.view(view.ids, cascade=True)
+    for n in range(2, 5):
+        tf.attention(q, asked)
+        assert len(looked_at) == n
 
 
 def test_integers_are_no_bfloat16(way):

@@ -193,7 +193,7 @@ def _remember(
     call: Call, tensors: tuple[Any, ...], key: tuple[Any, ...], results: tuple[Tensor, ...]
 ) -> None:
     """Keep what was understood, if the native core runs it as it is, under its tensors and the rest of its `key`."""
-    if call.plan.backend != "native" or call.squeeze or call.shared or call.operands.mask is not None:
+    if call.plan.backend != "native" or call.squeeze or call.operands.mask is not None:
         return
     if _known is not None:
         made = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
