@@ -140,15 +140,16 @@ bool look(nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
     return true;
 }
 
-// What says where sequences lie, as Python hands it on: each None, or as the caller gave it. Lengths, or with
-// `packed` cumulative ones; of a cache the block table, its first keys (see layouts.Stored) and scales;
-// `kind` tells types apart that cross as the same integers.
-struct Where {
+// What a call was given beside q, k, v and numbers, as Python hands it on: each None, or as the caller has
+// it. Lengths, or with `packed` cumulative ones; of a cache the block table, its first keys (see
+// layouts.Stored) and scales; `kind` tells types apart that cross as the same integers; numbers per head.
+struct Given {
     bool packed;
     nb::handle q_ends, kv_ends, table, first, kept, k_scale, v_scale;
     int64_t kind;
+    nb::handle alibi, sinks;
 
-    explicit Where(const nb::tuple& x)
+    explicit Given(const nb::tuple& x)
         : packed(item(x, 0).is(Py_True)),
           q_ends(item(x, 1)),
           kv_ends(item(x, 2)),
@@ -157,7 +158,9 @@ struct Where {
           kept(item(x, 5)),
           k_scale(item(x, 6)),
           v_scale(item(x, 7)),
-          kind(nb::cast<int64_t>(item(x, 8))) {}
+          kind(nb::cast<int64_t>(item(x, 8))),
+          alibi(item(x, 9)),
+          sinks(item(x, 10)) {}
     static nb::handle item(const nb::tuple& x, int n) {
         PyObject* found = PyTuple_GetItem(x.ptr(), n);
         if (!found) throw nb::python_error();
@@ -165,25 +168,25 @@ struct Where {
     }
 
     // Which of them there are.
-    int64_t given() const {
+    int64_t parts() const {
         int64_t bits = packed;
-        for (nb::handle x : {q_ends, kv_ends, table, first, k_scale, v_scale})
+        for (nb::handle x : {q_ends, kv_ends, table, first, k_scale, v_scale, alibi, sinks})
             bits = bits << 1 | !x.is_none();
         return bits;
     }
 };
 
-// Where the sequences of a call lie that was understood before. The fact to know: what can change between two
-// calls is copied first, and the copy is checked, as call.py does at the first one. Whatever is wrong ends in
-// `false`; the sentence about it is Python's.
+// The same of a call that was understood before. The fact to know: what can change between two calls is
+// copied first, and the copy is checked, as call.py does at the first one. Whatever is wrong ends in `false`;
+// the sentence about it is Python's.
 template <class Look>
-class Sequences {
+class Checked {
    public:
     // `look(object, held, tensor)` describes an array, or says that it is none.
-    Sequences(const tilefold::Problem& problem, Look look) : p_(problem), look_(std::move(look)) {}
+    Checked(const tilefold::Problem& problem, Look look) : p_(problem), look_(std::move(look)) {}
 
     // Everything into `a`, whose q and k are there.
-    bool take(const Where& given, tilefold::Arrays& a) {
+    bool take(const Given& given, tilefold::Arrays& a) {
         if (given.packed ? !cumulative(given.q_ends, p_.q_len, q_ends_) ||
                                !cumulative(given.kv_ends, p_.kv_len, kv_ends_)
                          : !lengths(given.q_ends, a.q, p_.q_len, q_ends_) ||
@@ -195,6 +198,10 @@ class Sequences {
         if (tilefold::is_code(p_.kv_dtype) &&
             !(scale(given.k_scale, a.k, 0, a.k_scale) && scale(given.v_scale, a.v, 1, a.v_scale)))
             return false;
+        if (!per_head(given.alibi, a.q, false, alibi_) || !per_head(given.sinks, a.q, true, sinks_))
+            return false;
+        if (!given.alibi.is_none()) a.alibi = alibi_.data();
+        if (!given.sinks.is_none()) a.sinks = sinks_.data();
         return given.first.is_none() || holds(given, a.q);
     }
 
@@ -219,40 +226,90 @@ class Sequences {
         own = PyLong_AsLongLongAndOverflow(x.ptr(), &overflow);
         return !overflow;
     }
-    bool integers(nb::handle x, Input& held, Tensor& t, std::vector<int64_t>& own) const {
-        return look_(x, held, t) && t.device.type == tilefold::dlpack::CPU && copied(t, own);
+    bool look(nb::handle x, Input& held, Tensor& t) const {
+        return look_(x, held, t) && t.device.type == tilefold::dlpack::CPU && t.dtype.lanes == 1;
     }
 
-    // Integers of any width, in order.
-    static bool copied(const Tensor& t, std::vector<int64_t>& own) {
-        using namespace tilefold::dlpack;
-        const bool is_signed = t.dtype.code == SIGNED;
-        if (!(is_signed || t.dtype.code == UNSIGNED) || t.dtype.lanes != 1) return false;
-        const char* data = static_cast<const char*>(t.data) + t.offset;
-        own.clear();
-        switch (t.dtype.bits) {
-            case 8:
-                return is_signed ? rows<int8_t>(t, 0, data, own) : rows<uint8_t>(t, 0, data, own);
-            case 16:
-                return is_signed ? rows<int16_t>(t, 0, data, own) : rows<uint16_t>(t, 0, data, own);
-            case 32:
-                return is_signed ? rows<int32_t>(t, 0, data, own) : rows<uint32_t>(t, 0, data, own);
-            case 64:
-                return is_signed ? rows<int64_t>(t, 0, data, own) : rows<uint64_t>(t, 0, data, own);
-        }
-        return false;
+    // `use` of every number, in order, until it says false.
+    template <class T, class Use>
+    static bool each(const Tensor& t, Use&& use) {
+        return each<T>(t, 0, static_cast<const char*>(t.data) + t.offset, use);
     }
-    template <class T>
-    static bool rows(const Tensor& t, int axis, const char* at, std::vector<int64_t>& own) {
+    template <class T, class Use>
+    static bool each(const Tensor& t, int axis, const char* at, Use& use) {
         if (axis == t.dims) {
             T x;
             std::memcpy(&x, at, sizeof x);
-            own.push_back(int64_t(x));
-            return std::in_range<int64_t>(x);
+            return use(x);
         }
         for (int64_t n = 0; n < t.shape[axis]; ++n)
-            if (!rows<T>(t, axis + 1, at + n * t.strides[axis] * int64_t(sizeof(T)), own)) return false;
+            if (!each<T>(t, axis + 1, at + n * t.strides[axis] * int64_t(sizeof(T)), use)) return false;
         return true;
+    }
+
+    // Integers of any width.
+    bool integers(nb::handle x, Input& held, Tensor& t, std::vector<int64_t>& own) const {
+        using namespace tilefold::dlpack;
+        if (!look(x, held, t)) return false;
+        own.clear();
+        const auto keep = [&](auto n) { return own.push_back(int64_t(n)), std::in_range<int64_t>(n); };
+        const int bits = t.dtype.bits;
+        if (t.dtype.code == SIGNED)
+            return bits == 64   ? each<int64_t>(t, keep)
+                   : bits == 32 ? each<int32_t>(t, keep)
+                   : bits == 16 ? each<int16_t>(t, keep)
+                                : bits == 8 && each<int8_t>(t, keep);
+        if (t.dtype.code == UNSIGNED)
+            return bits == 64   ? each<uint64_t>(t, keep)
+                   : bits == 32 ? each<uint32_t>(t, keep)
+                   : bits == 16 ? each<uint16_t>(t, keep)
+                                : bits == 8 && each<uint8_t>(t, keep);
+        return false;
+    }
+
+    // Numbers of any floating type.
+    bool floats(nb::handle x, Input& held, Tensor& t, std::vector<double>& own) const {
+        using namespace tilefold::dlpack;
+        if (!look(x, held, t)) return false;
+        own.clear();
+        const auto keep = [&](double n) { return own.push_back(n), true; };
+        if (t.dtype.code == BFLOAT && t.dtype.bits == 16)
+            return each<uint16_t>(t,
+                                  [&](uint16_t n) { return keep(std::bit_cast<float>(uint32_t(n) << 16)); });
+        if (t.dtype.code != FLOAT) return false;
+        return t.dtype.bits == 64   ? each<double>(t, keep)
+               : t.dtype.bits == 32 ? each<float>(t, keep)
+               : t.dtype.bits == 16 ? each<uint16_t>(t, [&](uint16_t n) { return keep(half(n)); })
+                                    : false;
+    }
+    static double half(uint16_t n) {
+        const int exponent = n >> 10 & 31, part = n & 1023;
+        const double size = exponent == 31 ? (part ? NAN : INFINITY)
+                            : exponent     ? std::ldexp(1024 + part, exponent - 25)
+                                           : std::ldexp(part, -24);
+        return n >> 15 ? -size : size;
+    }
+
+    // One for each query head, of slopes also for each sequence; finite where scores are summed, but for
+    // sinks of −inf.
+    bool per_head(nb::handle x, const Array& q, bool sinks, std::vector<double>& own) const {
+        if (x.is_none()) return true;
+        Input held;
+        Tensor t;
+        if (!floats(x, held, t, own)) return false;
+        const bool wide = p_.acc_dtype == DType::float64;
+        for (double n : own) {
+            const double sum = wide ? n : double(float(n));
+            if (sinks ? std::isnan(sum) || sum == INFINITY : !std::isfinite(sum)) return false;
+        }
+        const size_t heads = size_t(p_.heads),
+                     all = p_.layout == tilefold::VARLEN ? heads : size_t(p_.batch) * heads;
+        if (t.dims == 1 && own.size() == heads) {
+            own.resize(all);
+            for (size_t n = heads; n < all; ++n) own[n] = own[n - heads];
+            return true;
+        }
+        return !sinks && t.dims == q.dims - 2 && std::equal(t.shape, t.shape + t.dims, q.shape);
     }
 
     // One integer, or one for each of the leading dimensions of q.
@@ -271,7 +328,7 @@ class Sequences {
         Input held;
         Tensor t;
         if (!integers(x, held, t, own)) return false;
-        if (t.dims == 0) own.resize(size_t(p_.batch), own[0]);
+        if (t.dims == 0) own.assign(size_t(p_.batch), int64_t(own[0]));
         return t.dims == 0 || (t.dims == q.dims - 3 && std::equal(t.shape, t.shape + t.dims, q.shape));
     }
 
@@ -304,8 +361,8 @@ class Sequences {
     // One number for a page and head, for each of their rows, or for groups of dims: always as the last.
     bool scale(nb::handle x, const Array& codes, int n, Array& scale) {
         Tensor t;
-        if (!look_(x, held_[n], t) || t.dtype.code != tilefold::dlpack::FLOAT || t.dtype.bits != 32 ||
-            t.dims < 2 || t.dims > 4 || t.device.type != tilefold::dlpack::CPU)
+        if (!look(x, held_[n], t) || t.dtype.code != tilefold::dlpack::FLOAT || t.dtype.bits != 32 ||
+            t.dims < 2 || t.dims > 4)
             return false;
         int64_t *shape = shapes_[n], *strides = shape + 4;
         for (int axis = 0; axis < 4; ++axis) {
@@ -319,7 +376,7 @@ class Sequences {
     }
 
     // Whether no query sees a key that a cache forgot.
-    bool holds(const Where& given, const Array& q) {
+    bool holds(const Given& given, const Array& q) {
         int64_t kept;
         if (given.kv_ends.is_none() || !PyLong_CheckExact(given.kept.ptr()) || !integer(given.kept, kept) ||
             !spread(given.first, q, first_))
@@ -336,6 +393,7 @@ class Sequences {
     const tilefold::Problem& p_;
     const Look look_;
     std::vector<int64_t> q_ends_, kv_ends_, table_, first_;
+    std::vector<double> alibi_, sinks_;
     Input held_[2];
     int64_t shapes_[2][8];
 };
@@ -461,18 +519,18 @@ class Fold {
     }
 
     // The whole of a call that was understood before; −1 where it must be looked at in full, as an address is
-    // no multiple of its item size, or something is wrong with what says where sequences lie.
+    // no multiple of its item size, or something is wrong with what else was given.
     int64_t run_known(Input q, Input k, Input v, Output out, std::optional<Output> lse, int team,
-                      std::optional<nb::tuple> where) const {
+                      std::optional<nb::tuple> given) const {
         tilefold::Arrays arrays{array(q), array(k), array(v), array(out), array(lse), {}, {}};
         for (const Array* x : {&arrays.q, &arrays.k, &arrays.v})
             if (reinterpret_cast<uintptr_t>(x->data) % size_t(tilefold::width(x->type))) return -1;
-        if (!where) return fold(arrays, everything(), team).bytes;
-        Sequences sequences(problem_, [](nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
+        if (!given) return fold(arrays, everything(), team).bytes;
+        Checked checked(problem_, [](nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
             return look(x, held, t);
         });
-        if (!sequences.take(Where(*where), arrays)) return -1;
-        sequences.fill_padding(arrays);
+        if (!checked.take(Given(*given), arrays)) return -1;
+        checked.fill_padding(arrays);
         return fold(arrays, everything(), team).bytes;
     }
 
@@ -590,26 +648,26 @@ class Tensors {
         names_ = nb::make_tuple("dtype", "device");
     }
 
-    // Each gives the results of a call that is known, or None. With `where`, k and v may be arrays of
+    // Each gives the results of a call that is known, or None. With `given`, k and v may be arrays of
     // Python's.
     nb::object fold(nb::handle q, nb::handle k, nb::handle v, int facts, std::optional<double> scale,
                     std::optional<double> softcap, int64_t left, int64_t right,
-                    std::optional<nb::tuple> where, int team) {
+                    std::optional<nb::tuple> given, int team) {
         Key key(facts, scale, softcap, left, right);
         std::shared_ptr<const Known> known;
-        const std::optional<Where> there = where ? std::optional<Where>(*where) : std::nullopt;
+        const std::optional<Given> there = given ? std::optional<Given>(*given) : std::nullopt;
         if (!take(key, {q, k, v}) || !take(key, there) || !(known = find(key))) return nb::none();
         tilefold::Arrays arrays{key.arrays[0], key.arrays[1], key.arrays[2], {}, {}, {}, {}};
-        Sequences sequences(known->fold->problem(),
-                            [this](nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
-                                return look(x.ptr(), held, t);
-                            });
-        if (there && !sequences.take(*there, arrays)) return nb::none();
+        Checked checked(known->fold->problem(),
+                        [this](nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
+                            return look(x.ptr(), held, t);
+                        });
+        if (there && !checked.take(*there, arrays)) return nb::none();
         nb::object results[MOST_RESULTS];
         Array made[MOST_RESULTS];
         allocate(*known, results, made);
         arrays.out = made[0], arrays.lse = made[1];
-        if (there) sequences.fill_padding(arrays);
+        if (there) checked.fill_padding(arrays);
         known->fold->fold(arrays, known->fold->everything(), team);
         if (known->results.size() == 1) return std::move(results[0]);
         return nb::make_tuple(std::move(results[0]), std::move(results[1]));
@@ -633,11 +691,11 @@ class Tensors {
 
     // What the next call of this kind needs: how it runs, and (shape, strides, dtype) of each result.
     void remember(const std::vector<nb::object>& tensors, int facts, std::optional<double> scale,
-                  std::optional<double> softcap, int64_t left, int64_t right, std::optional<nb::tuple> where,
+                  std::optional<double> softcap, int64_t left, int64_t right, std::optional<nb::tuple> given,
                   nb::object fold, const std::vector<nb::tuple>& results) {
         Key key(facts, scale, softcap, left, right);
         if (results.size() > MOST_RESULTS) throw std::invalid_argument("a call has at most three results");
-        if (!take(key, tensors) || !take(key, where ? std::optional<Where>(*where) : std::nullopt)) return;
+        if (!take(key, tensors) || !take(key, given ? std::optional<Given>(*given) : std::nullopt)) return;
         auto known = std::make_shared<const Known>(Known{fold, nb::cast<const Fold*>(fold), results});
         nb::ft_lock_guard lock(mutex_);
         if (known_.size() >= MOST_KNOWN) known_.clear();
@@ -690,13 +748,13 @@ class Tensors {
             if (n == MOST_TENSORS || !take(key, tensor.ptr(), n++)) return false;
         return true;
     }
-    // What of `where` a call is understood by; all else may be another each time.
-    bool take(Key& key, const std::optional<Where>& where) const {
-        if (!where) return true;
-        key.add(where->given()), key.add(where->kind);
+    // What of `given` a call is understood by; all else may be another each time.
+    bool take(Key& key, const std::optional<Given>& given) const {
+        if (!given) return true;
+        key.add(given->parts()), key.add(given->kind);
         const nb::handle none = Py_None;
         for (nb::handle x :
-             {where->table, where->packed ? where->q_ends : none, where->packed ? where->kv_ends : none}) {
+             {given->table, given->packed ? given->q_ends : none, given->packed ? given->kv_ends : none}) {
             Input held;
             tilefold::dlpack::Tensor t;
             if (x.is_none()) continue;
@@ -704,7 +762,7 @@ class Tensors {
             key.add(t.shape[t.dims - 1]);
         }
         size_t n = MOST_TENSORS;
-        for (nb::handle x : {where->k_scale, where->v_scale})
+        for (nb::handle x : {given->k_scale, given->v_scale})
             if (!x.is_none() && !take(key, x.ptr(), --n)) return false;
         return true;
     }
@@ -848,24 +906,24 @@ NB_MODULE(_core, m) {
              "was "
              "stored, and to dsinks (sequences, heads). The bytes of workspace it took.")
         .def("run_known", &Fold::run_known, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
-             "where"_a.none() = nb::none(),
+             "given"_a.none() = nb::none(),
              "The same for a whole call that was understood before; the bytes, or -1 if it must be looked at "
              "in full: "
-             "an array is misaligned, or something in `where` is wrong (packed, q_ends, kv_ends, table, "
-             "first, kept, "
-             "k_scale, v_scale, kind).");
+             "an array is misaligned, or something `given` is wrong (packed, q_ends, kv_ends, table, first, "
+             "kept, "
+             "k_scale, v_scale, kind, alibi, sinks).");
     nb::class_<Tensors>(m, "Tensors", "Calls on a framework's tensors that were understood once.")
         .def(nb::init<nb::handle, nb::handle, nb::handle, nb::object, nb::object>(), "kind"_a, "parameter"_a,
              "array"_a, "empty_strided"_a, "device"_a)
         .def("fold", &Tensors::fold, "q"_a, "k"_a, "v"_a, "facts"_a, "scale"_a.none(), "softcap"_a.none(),
-             "left"_a, "right"_a, "where"_a.none(), "team"_a,
+             "left"_a, "right"_a, "given"_a.none(), "team"_a,
              "The result of a call that is known, (out, lse) if it has two; None where it is not, or must be "
              "looked at "
-             "in full. `left` and `right` of a window are -1 for none; `where` is what Fold.run_known takes.")
+             "in full. `left` and `right` of a window are -1 for none; `given` is what Fold.run_known takes.")
         .def("gradient", &Tensors::gradient, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "facts"_a,
              "scale"_a.none(), "softcap"_a.none(), "team"_a, "(dq, dk, dv) of a call that is known, or None.")
         .def("remember", &Tensors::remember, "tensors"_a, "facts"_a, "scale"_a.none(), "softcap"_a.none(),
-             "left"_a, "right"_a, "where"_a.none(), "fold"_a, "results"_a,
+             "left"_a, "right"_a, "given"_a.none(), "fold"_a, "results"_a,
              "Make a call known: the Fold that runs it, and (shape, strides, dtype) of each result.")
         .def("__len__", &Tensors::size);
 }

@@ -108,22 +108,15 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (8, 1000, 64)
     """
-    simple = (
-        mask is None and bias is None and alibi is None and sinks is None and probes == () and out is None
-        and invariant is False and backend == "auto" and plan is None and not unknown
-    )  # fmt: skip
+    usual = probes == () and out is None and backend == "auto" and plan is None and not unknown
     door = None if type(q) is np.ndarray else door_of(q)
-    if simple:
-        way = door or shortcut
-        if (
-            v is not None and window is None and q_lengths is None and kv_lengths is None and cu_seqlens_q is None
-            and cu_seqlens_k is None
-        ):  # fmt: skip
-            result = way.known(q, k, v, causal, scale, softcap, return_lse)
-        else:
-            result = way.known_sequences(
-                q, k, v, causal, window, scale, softcap, return_lse, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k
-            )  # fmt: skip
+    way = door or shortcut
+    if (
+        usual and v is not None and mask is None and window is None and bias is None and alibi is None and sinks is None
+        and cu_seqlens_q is None and cu_seqlens_k is None and q_lengths is None and kv_lengths is None
+        and invariant is False
+    ):  # fmt: skip
+        result = way.known(q, k, v, causal, scale, softcap, return_lse)
         if result is not None:
             return result
     refuse_unknown(unknown)
@@ -132,6 +125,10 @@ def attention(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_lengths=q_lengths, kv_lengths=kv_lengths,
         invariant=invariant,
     )  # fmt: skip
+    if usual:
+        result = way.known_with(q, k, v, options, return_lse)
+        if result is not None:
+            return result
     _check_probes(probes)
     return_lse = flag("return_lse", return_lse) or bool(probes)
     if door is not None and not probes:

@@ -1,8 +1,8 @@
 """Repeated calls: what was understood once about NumPy arrays is not asked again.
 
 Checking the arguments of a call takes ten times as long as the arithmetic of a small one. A call with few options is
-known by the shapes, strides and types of its arrays and a few scalars; its second time costs one look-up. What says
-where sequences lie (lengths, block tables) is no part of that: the core copies it at every call, and checks the copy.
+known by the shapes, strides and types of its arrays and a few scalars; its second time costs one look-up. Lengths,
+block tables and numbers per head are no part of that: the core copies them at every call, and checks the copy.
 The fact to know: a key must tell apart all else that a check would tell apart, so scalars are taken only in the exact
 types whose equality means the same argument (True == 1, but causal=1 is an error).
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .backends.cpu import is_window, running, team, whereabouts
-from .call import Call, Options, folded
+from .backends.cpu import running, team
+from .call import Call, Options, beside, folded, may_be_known
 from .layouts import order_of
 from .problem import Want
 from .threads import get_num_threads
@@ -36,9 +36,9 @@ class Known:
     lse: tuple[tuple[int, ...], np.dtype] | None
     narrow: bool  # bfloat16, which crosses as integers
 
-    def __call__(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, where: Any = None) -> Any:
-        """The result of `attention`; None if something must be looked at after all: misaligned arrays, or what `where`
-        says is wrong."""
+    def __call__(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, given: Any = None) -> Any:
+        """The result of `attention`; None if something must be looked at after all: misaligned arrays, or what else was
+        `given` is wrong."""
         if self.order is None:
             out = np.empty(self.shape, self.dtype)
         else:
@@ -48,22 +48,12 @@ class Known:
         arrays: tuple[np.ndarray, ...] = (q, k, v, out)
         if self.narrow:
             arrays = tuple(x.view(np.uint16) if x.dtype == self.dtype else x for x in arrays)
-        if self.run(*arrays, lse, team(), where) < 0:
+        if self.run(*arrays, lse, team(), given) < 0:
             return None
         return out if lse is None else (out, lse)
 
 
 _known: dict[Key, Known] = {}
-
-
-def _are_plain(causal: Any, scale: Any, softcap: Any, return_lse: Any) -> bool:
-    """Whether equality of these is sameness."""
-    return (
-        (causal is True or causal is False)
-        and (return_lse is True or return_lse is False)
-        and (scale is None or type(scale) is float)
-        and (softcap is None or type(softcap) is float)
-    )
 
 
 def _alike(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Key:
@@ -73,9 +63,11 @@ def _alike(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Key:
 
 def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_lse: Any) -> Any:
     """The result of a call that has no other arguments; None where it must be looked at in full."""
-    if type(q) is not np.ndarray or type(k) is not np.ndarray or type(v) is not np.ndarray:
-        return None
-    if not _are_plain(causal, scale, softcap, return_lse):
+    if (
+        type(q) is not np.ndarray or type(k) is not np.ndarray or type(v) is not np.ndarray
+        or (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False)
+        or (scale is not None and type(scale) is not float) or (softcap is not None and type(softcap) is not float)
+    ):  # fmt: skip
         return None
     key = (*_alike(q, k, v), causal, scale, softcap, return_lse, get_num_threads())
     run = _known.get(key)
@@ -84,52 +76,44 @@ def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_
     return _first(key, q, k, v, Options(causal=causal, scale=scale, softcap=softcap), return_lse)
 
 
-def known_sequences(
-    q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, return_lse: Any,
-    q_lengths: Any, kv_lengths: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
-) -> Any:  # fmt: skip
-    """The same for a call with lengths or a window, or with a cache for its keys and values."""
-    if type(q) is not np.ndarray or not _are_plain(causal, scale, softcap, return_lse):
+def known_with(q: Any, k: Any, v: Any, o: Options, return_lse: Any) -> Any:
+    """The same for a call with lengths, a window, slopes or sinks, or with a cache for its keys and values."""
+    if (
+        type(q) is not np.ndarray or not may_be_known(o) or (return_lse is not True and return_lse is not False)
+        or (found := beside(k, v, o)) is None
+    ):  # fmt: skip
         return None
-    if not is_window(window):
-        return None
-    found = whereabouts(k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k)
-    if found is None:
-        return None
-    stored, keys, values, where = found
-    key = _sequences_key(q, keys, values, where)
+    stored, keys, values, given = found
+    key = _key_of(given, keys, values)
     if key is not None:
-        key += (causal, window, scale, softcap, return_lse, get_num_threads())
+        key = (
+            *_alike(q, keys, values), *key, o.causal, o.window, o.scale, o.softcap, return_lse, get_num_threads()
+        )  # fmt: skip
         run = _known.get(key)
-        if run is not None and (result := run(q, keys, values, where)) is not None:
+        if run is not None and (result := run(q, keys, values, given)) is not None:
             return result
-    options = Options(
-        causal=causal, window=window, scale=scale, softcap=softcap, q_lengths=q_lengths, kv_lengths=kv_lengths,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-    )  # fmt: skip
-    return _first(key, q, k if stored is None else stored, v, options, return_lse)
+    return _first(key, q, k if stored is None else stored, v, o, return_lse)
 
 
-def _sequences_key(q: np.ndarray, k: Any, v: Any, where: Key) -> Key | None:
-    """What tells such a call from others, but for its scalars: of `where` which parts there are, and their shapes where
-    these say what the problem is."""
-    packed, q_ends, kv_ends, table, first, _, k_scale, v_scale, kind = where
+def _key_of(given: Key, k: Any, v: Any) -> Key | None:
+    """What tells such a call from others, but for q, k, v and numbers: which other arrays there are, and their shapes
+    where these say what the problem is. None where one is not as the core takes it."""
+    packed, q_ends, kv_ends, table, first, _, k_scale, v_scale, kind, alibi, sinks = given
     if type(k) is not np.ndarray or type(v) is not np.ndarray:
         return None
-    for x in (table, k_scale, v_scale):
+    for x in (table, k_scale, v_scale, alibi, sinks):
         if x is not None and type(x) is not np.ndarray:
             return None
     for x in (q_ends, kv_ends, first):
         if x is not None and type(x) is not np.ndarray and (packed or type(x) is not int):
             return None
     return (
-        *_alike(q, k, v),
         (q_ends.shape, kv_ends.shape) if packed else (q_ends is None, kv_ends is None),
-        kind,
         None if table is None else table.shape,
         None if k_scale is None else (k_scale.shape, k_scale.strides, k_scale.dtype),
         None if v_scale is None else (v_scale.shape, v_scale.strides, v_scale.dtype),
-    )
+        kind, alibi is None, sinks is None,
+    )  # fmt: skip
 
 
 def _first(key: Key | None, q: np.ndarray, k: Any, v: Any, o: Options, return_lse: bool) -> Any:

@@ -558,6 +558,8 @@ KNOWN = [
     {"return_lse": True},
     {"window": (1, 0)},
     {"window": (None, 2)},
+    {"alibi": np.ones(4)},
+    {"sinks": np.ones(4)},
     LENGTHS,
     *({name: ends} for name, ends in LENGTHS.items()),
     PACKED,
@@ -577,7 +579,7 @@ def test_a_known_call_is_refused_as_the_first_would_be(what):
 
 
 @pytest.mark.parametrize(
-    "what", [what for what in BAD if "lengths: " in what or what.startswith("cu_seqlens")]
+    "what", [what for what in BAD if what.startswith(("cu_seqlens", "kv_len", "q_len", "alibi", "sinks"))]
 )
 def test_a_known_call_on_tensors_is_refused_as_the_first_would_be(what):
     torch = pytest.importorskip("torch")

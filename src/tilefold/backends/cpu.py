@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..dtypes import name_of
-from ..layouts import Stored, empty_like, fill_padding, frames
+from ..layouts import empty_like, fill_padding, frames
 from ..masks import Dense, Mask
 from ..plan import BackendRefused, Plan
 from ..problem import Has, Layout, Operands, Problem, Want
@@ -99,7 +99,7 @@ class NativeBackend:
         fill_padding(p, x, rows)
         run, whose = running(plan).run, team()
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
-        arrays = _arrays(p, x, _plain(out), x.lse)
+        arrays = _arrays(p, x, as_crosses(out), x.lse)
         arrays += [x.table, *(None if a is None else _as_core_reads(a) for a in (x.k_scale, x.v_scale))]
         reports = [run(*arrays, *part, whose) for part in _parts(plan, x, rows)]
         if any(infinite for _, infinite in reports):
@@ -126,7 +126,7 @@ class NativeBackend:
         arrays = _arrays(p, x, _as_core_reads(x.out), _as_core_reads(x.lse)) + [
             _as_core_reads(dout),
             None if dlse is None else _as_core_reads(dlse),
-            *(_plain(grad) for grad in (dq, dk, dv)),
+            *(as_crosses(grad) for grad in (dq, dk, dv)),
             None if dbias is None or x.bias is None else _as_written(dbias, x.bias.shape),
             dsinks,
             add,
@@ -178,49 +178,12 @@ def _as_core_reads(x: np.ndarray) -> np.ndarray:
     if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
         stored = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.strides)]
         x = np.broadcast_to(stored.copy(), x.shape)
-    return _plain(x)
+    return as_crosses(x)
 
 
-def _plain(x: np.ndarray) -> np.ndarray:
+def as_crosses(x: np.ndarray) -> np.ndarray:
     """Types that NumPy's buffers do not know as the integers that they are made of."""
     return x.view(f"u{x.itemsize}") if name_of(x.dtype) in ("bfloat16", "float8_e4m3fn") else x
-
-
-def whereabouts(
-    k: Any, v: Any, q_lengths: Any, kv_lengths: Any, cu_seqlens_q: Any, cu_seqlens_k: Any
-) -> tuple[Stored | None, Any, Any, tuple[Any, ...]] | None:
-    """(what a cache holds, k, v, what says where sequences lie) as the core asks for them at a known call; None where
-    the arguments must be looked at in full. Nothing is checked here but what goes together."""
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    if v is not None:
-        if not packed:
-            return None, k, v, (False, q_lengths, kv_lengths, None, None, 0, None, None, -1)
-        if cu_seqlens_q is None or cu_seqlens_k is None or q_lengths is not None or kv_lengths is not None:
-            return None
-        return None, k, v, (True, cu_seqlens_q, cu_seqlens_k, None, None, 0, None, None, -1)
-    ask = getattr(k, "stored", None)
-    if packed or kv_lengths is not None or not callable(ask) or type(x := ask()) is not Stored or x.cascade:
-        return None
-    k, v, kind = x.k, x.v, -1
-    if type(k) is np.ndarray and type(v) is np.ndarray:
-        if k.dtype != v.dtype:
-            return None
-        kind = k.dtype.num
-        k, v = _plain(k), _plain(v)
-    where = (False, q_lengths, x.lengths, x.table, x.first, x.kept, x.k_scale, x.v_scale, kind)
-    return x, k, v, where
-
-
-def is_window(window: Any) -> bool:
-    """Whether `window` is None, or one whose equality with another means the same argument."""
-    if window is None:
-        return True
-    if type(window) is not tuple or len(window) != 2:
-        return False
-    left, right = window
-    return (left is None or (type(left) is int and 0 <= left < FAR)) and (
-        right is None or (type(right) is int and 0 <= right < FAR)
-    )
 
 
 def _as_written(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

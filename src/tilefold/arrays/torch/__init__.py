@@ -18,10 +18,10 @@ from ...call import Options, is_cache
 from ...plan import Plan
 from . import operators, tensors
 from .autograd import FORWARD, Attention, Transformed
-from .calls import How, known, known_gradients, known_sequences, run
+from .calls import How, known, known_gradients, known_with, run
 from .merge import merge
 
-__all__ = ["attention", "known", "known_gradients", "known_sequences", "merge", "tensors"]
+__all__ = ["attention", "known", "known_gradients", "known_with", "merge", "tensors"]
 
 
 def attention(

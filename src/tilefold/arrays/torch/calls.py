@@ -1,7 +1,7 @@
 """A call on plain tensors, below autograd; known ones in a few microseconds.
 
-What a call was understood to be is kept by the core, under the types, shapes and strides of its tensors. What says
-where sequences lie (lengths, block tables) it copies at every call, and checks the copy.
+What a call was understood to be is kept by the core, under the types, shapes and strides of its tensors. Lengths,
+block tables and numbers per head it copies at every call, and checks the copy.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from ...backends.cpu import CORE, is_window, running, team, whereabouts
-from ...call import Call, Options, differentiated, folded, understand
+from ...backends.cpu import CORE, running, team
+from ...call import Call, Options, beside, differentiated, folded, may_be_known, understand
 from ...plan import Plan
 from ...problem import Want
 from .tensors import leave
 
 CAUSAL, LSE, GRAD, THREADS = 1, 2, 4, 8  # of the facts that a known call has beside its tensors and scales
-PLAIN = -1, -1, None  # neither side of a window, and nothing that says where sequences lie
+PLAIN = -1, -1, None  # neither side of a window, and no other arrays
 
 MADE_OF = Tensor, torch.nn.Parameter, np.ndarray, torch.empty_strided, torch.device("cpu")
 _known: Any = None if CORE is None else CORE.Tensors(*MADE_OF)
@@ -98,35 +98,24 @@ def known(q: Any, k: Any, v: Any, causal: Any, scale: Any, softcap: Any, return_
     return result
 
 
-def known_sequences(
-    q: Any, k: Any, v: Any, causal: Any, window: Any, scale: Any, softcap: Any, return_lse: Any,
-    q_lengths: Any, kv_lengths: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
-) -> Any:  # fmt: skip
-    """The same for a call with lengths or a window, or with a cache for its keys and values, without a gradient."""
+def known_with(q: Any, k: Any, v: Any, o: Options, return_lse: Any) -> Any:
+    """The same for a call with lengths, a window, slopes or sinks, or with a cache for its keys and values."""
     if (
-        _is_watched() or _known is None or not _are_plain(causal, scale, softcap) or not is_window(window)
-        or (return_lse is not True and return_lse is not False) or not _may_be_known(q)
-        or (v is not None and not (_may_be_known(k) and _may_be_known(v)))
+        _is_watched() or _known is None or not may_be_known(o) or (return_lse is not True and return_lse is not False)
+        or not all(_is_constant(x) for x in ((q, o.alibi, o.sinks) if v is None else (q, k, v, o.alibi, o.sinks)))
+        or (found := beside(k, v, o)) is None
     ):  # fmt: skip
         return None
-    found = whereabouts(k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k)
-    if found is None:
-        return None
-    stored, keys, values, where = found
-    facts = (CAUSAL if causal else 0) | (LSE if return_lse else 0) | _threads(torch_threads()) * THREADS
-    left, right = (-1 if n is None else n for n in window or (None, None))
-    key = (facts, scale, softcap, left, right, where)
+    stored, keys, values, given = found
+    facts = (CAUSAL if o.causal else 0) | (LSE if return_lse else 0) | _threads(torch_threads()) * THREADS
+    left, right = (-1 if n is None else n for n in o.window or (None, None))
+    key = (facts, o.scale, o.softcap, left, right, given)
     negated = stored is not None and any(
         isinstance(x, Tensor) and x.is_neg() for x in (keys, values, stored.k_scale, stored.v_scale)
     )
     result = None if negated else _known.fold(q, keys, values, *key, team())
     if result is None:
-        options = Options(
-            causal=causal, window=window, scale=scale, softcap=softcap, q_lengths=q_lengths, kv_lengths=kv_lengths,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        )  # fmt: skip
-        want = Want.LSE if return_lse else Want(0)
-        call = folded(q, k if stored is None else stored, v, options, want=want)
+        call = folded(q, k if stored is None else stored, v, o, want=Want.LSE if return_lse else Want(0))
         out, lse = leave(call.out), leave(call.lse) if return_lse else None
         if not negated:
             _remember(call, (q, keys, values), key, (out, lse) if return_lse else (out,))
@@ -134,13 +123,11 @@ def known_sequences(
     return result
 
 
-def _may_be_known(x: Any) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and _is_plain(x)
-        and not x.is_neg()
-        and not (x.requires_grad and is_grad_enabled())
-    )
+def _is_constant(x: Any) -> bool:
+    """Whether `x` is what its memory says, and no gradient of it is asked for."""
+    if not isinstance(x, Tensor):
+        return x is None or type(x) is np.ndarray
+    return _is_plain(x) and not x.is_neg() and not (x.requires_grad and is_grad_enabled())
 
 
 def _is_plain(x: Tensor) -> bool:

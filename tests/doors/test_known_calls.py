@@ -184,6 +184,7 @@ OPTIONS = {
     "none": {},
     "causal, lse": {"causal": True, "return_lse": True},
     "window": {"window": (5, 0), "scale": 0.3, "softcap": 2.0},
+    "slopes and sinks": {"alibi": np.linspace(0, 0.5, HEADS), "sinks": np.float32([-np.inf, 0, 1, 2])},
 }
 
 
@@ -269,6 +270,40 @@ def test_lengths_are_read_anew_where_they_lie(way, looked_at):
     for n in range(5):
         ends[...] = n
         known(looked_at, q, k, v, kv_lengths=ends)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_numbers_per_head_are_read_anew(way, looked_at, dtype):
+    """Float16 of all sizes among them: what the core makes of them is what NumPy makes of them."""
+    q, k, v = (way(x) for x in qkv())
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    numbers = np.random.default_rng(0).permutation(numbers[np.isfinite(numbers)])
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    numbers = np.concatenate([numbers[:200], np.float16([2.0**-24, -(2.0**-14), 65504, -0.0])]).astype(dtype)
+
+    def made(x):
+        x = way(x.copy())
+        return (
+            x if array(x).dtype.name != "bfloat16" or not isinstance(x, np.ndarray) else x.astype(np.float32)
+        )
+
+    for options in ({"kv_lengths": 9}, {"causal": True}):
+        tf.attention(q, k, v, alibi=made(numbers[:HEADS]), sinks=made(numbers[:HEADS]), **options)
+        for n in range(0, len(numbers), HEADS):
+            some = numbers[n : n + HEADS]
+            known(looked_at, q, k, v, alibi=made(some), sinks=made(some[::-1]), return_lse=False, **options)
+        many = made(numbers[: BATCH * HEADS].reshape(BATCH, HEADS))
+        known(looked_at, q, k, v, alibi=many, sinks=made(numbers[:HEADS]), **options)
+    for wrong, says in ((np.nan, "NaN"), (np.inf, "inf")):
+        bad = numbers[:HEADS].astype(np.float32)
+        bad[1] = wrong
+        for name in ("alibi", "sinks"):
+            given = {"alibi": made(numbers[:HEADS]), "sinks": made(numbers[:HEADS])} | {name: made(bad)}
+            with pytest.raises(ValueError, match=f"{name} must not hold .*{says}"):
+                tf.attention(q, k, v, causal=True, **given)
+    with pytest.raises(ValueError, match="sinks must have shape"):
+        tf.attention(q, k, v, causal=True, alibi=many, sinks=many)
 
 
 def test_leading_dimensions(way, looked_at):
@@ -367,7 +402,7 @@ def test_calls_that_alternate_keep_apart(way, looked_at, backwards):
     """Each differs from others in one thing; all are known after one round, and stay right in the next ones."""
     q, k, v = (way(x) for x in qkv())
     ends = way(np.array([7, 2, 40]))
-    few = way(np.array([1, 2, 0]))
+    few, slopes = way(np.array([1, 2, 0])), way(np.linspace(0.1, 0.4, HEADS))
     (p, held), _ = pages(way, "float32")
     (_, one), _ = stretch(way, "float32")
     (_, kept), _ = window(way, "float32")
@@ -389,6 +424,10 @@ def test_calls_that_alternate_keep_apart(way, looked_at, backwards):
         ((q, k, v), {"softcap": 0.5, "kv_lengths": ends}),
         ((q, k[:, :, :, :], v[..., :8]), {"kv_lengths": ends}),
         ((q[:, :, :1], k, v), {"kv_lengths": ends}),
+        ((q, k, v), {"alibi": slopes}),
+        ((q, k, v), {"sinks": slopes}),
+        ((q, k, v), {"alibi": slopes, "sinks": slopes}),
+        ((q, one), {"sinks": slopes}),
         ((q, one), {}),
         ((p, held), {}),
         ((p, held), {"q_lengths": few}),
@@ -577,6 +616,19 @@ def test_gradients_are_refused_through_a_known_cache():
     tf.attention(q, cache)
     with pytest.raises(ValueError, match="a gradient cannot be asked for beside a KVCache"):
         tf.attention(q.requires_grad_(), cache)
+
+
+def test_gradients_of_sinks_are_not_lost():
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x) for x in qkv())
+    sinks = torch.zeros(HEADS)
+    for _ in range(2):
+        assert not tf.attention(q, k, v, sinks=sinks).requires_grad
+    sinks.requires_grad_()
+    tf.attention(q, k, v, sinks=sinks).sum().backward()
+    assert sinks.grad.abs().min() > 0
+    with pytest.raises(ValueError, match="alibi must not require a gradient"):
+        tf.attention(q, k, v, alibi=sinks)
 
 
 def test_gradients_through_lengths_are_not_lost():
