@@ -440,13 +440,47 @@ def test_calls_that_alternate_keep_apart(way, looked_at, backwards):
     ]  # fmt: skip
     given = given[::-1] if backwards else given
     expected = [tf.attention(*each, **options, backend="native") for each, options in given]
-    for each, options in given:
+    for n, (each, options) in enumerate(given, len(given) + 1):
         tf.attention(*each, **options)
+        assert len(looked_at) == n
     before = len(looked_at)
     for _ in range(2):
         for (each, options), right in zip(given, expected, strict=True):
             agree(tf.attention(*each, **options), right)
     assert len(looked_at) == before
+
+
+def test_other_options_are_not_forgotten(way, looked_at):
+    """A call that has one more of them than a known one is looked at, and heeds it."""
+    q, k, v = (way(x) for x in qkv())
+    (p, held), _ = pages(way, "float32")
+    hides = way(np.arange(ROOM) % 3 > 0)
+    plan = tf.explain(q, k, v, kv_lengths=7, causal=True).plan
+    for given, base in (((q, k, v), {"kv_lengths": 7, "causal": True}), ((p, held), {"causal": True})):
+        tf.attention(*given, **base)
+        right = known(looked_at, *given, **base)
+        others = [
+            {"mask": hides},
+            {"mask": tf.window(1, 0)},
+            {"bias": way(np.linspace(-1, 1, ROOM))},
+            {"invariant": True},
+            {"backend": "numpy"},
+            {"out": way(np.full_like(array(right), np.nan))},
+        ]
+        for n, more in enumerate(others + ([{"plan": plan}] if given[0] is q else [])):
+            before = len(looked_at)
+            got = tf.attention(*given, **base, **more)
+            assert len(looked_at) == before + 1
+            agree(got, tf.attention(*given, **base, **({"backend": "native"} | more)))
+            assert (n < 3) == (np.abs(array(got) - array(right)).max() > 0.01), more
+        known(looked_at, *given, **base)
+
+
+def test_float64_sinks_may_be_larger_than_any_float32(way, looked_at):
+    q, k, v = (way(x) for x in qkv(dtype="float64"))
+    sinks = np.array([0.0, 1e39, -1e300, -np.inf])
+    tf.attention(q, k, v, kv_lengths=7, sinks=sinks)
+    known(looked_at, q, k, v, kv_lengths=7, sinks=sinks)
 
 
 def test_codes_that_cross_as_the_same_bytes_keep_apart(way):
@@ -555,6 +589,17 @@ def test_a_known_call_is_refused_as_the_first_would_be(way, looked_at, what, as_
             tf.attention(q, cache, causal=True)
     cache.held = right
     known(looked_at, q, cache, causal=True)
+
+
+@pytest.mark.parametrize("name", ["kv_lengths", "cu_seqlens_q", "cu_seqlens_k"])
+def test_a_known_cache_still_knows_its_lengths(way, name):
+    (q, cache), _ = stretch(way, "float32")
+    for _ in range(2):
+        tf.attention(q, cache)
+        with pytest.raises(
+            TypeError, match=f"{name} must not be given with a cache, which knows its lengths"
+        ):
+            tf.attention(q, cache, **{name: np.array([0, 1, 2])})
 
 
 def test_scales_that_do_not_fit_are_refused(way, looked_at):

@@ -369,6 +369,11 @@ BAD = {
         TypeError,
         "cu_seqlens and lengths exclude each other",
     ),
+    "cu_seqlens: other lengths": (
+        PACKED | {"q_lengths": 3},
+        TypeError,
+        "cu_seqlens and lengths exclude each other",
+    ),
     "cu_seqlens: list": (
         PACKED | {"cu_seqlens_q": [0, 3, 5]},
         TypeError,
