@@ -663,6 +663,21 @@ def test_gradients_are_refused_through_a_known_cache():
         tf.attention(q.requires_grad_(), cache)
 
 
+def test_negated_views_are_not_what_their_memory_says():
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x) for x in qkv())
+    twice = torch.complex(k, -k).conj()
+    assert twice.imag.is_neg() and torch.equal(twice.imag, k)
+    ends = np.array([7, 2, 40])
+    right = tf.attention(q, k, v, kv_lengths=ends)
+    for _ in range(2):
+        assert torch.equal(tf.attention(q, twice.real, v, kv_lengths=ends), right)
+        for given in ((twice.imag, v), (k, twice.imag[..., :V_DIM])):
+            expected = tf.attention(q, *(x.resolve_neg() for x in given), kv_lengths=ends, backend="native")
+            assert torch.equal(tf.attention(q, *given, kv_lengths=ends), expected)
+            assert torch.equal(tf.attention(q, Held(*given, ends)), expected)
+
+
 def test_gradients_of_sinks_are_not_lost():
     torch = pytest.importorskip("torch")
     q, k, v = (torch.from_numpy(x) for x in qkv())

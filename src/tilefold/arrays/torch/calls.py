@@ -102,7 +102,8 @@ def known_with(q: Any, k: Any, v: Any, o: Options, return_lse: Any) -> Any:
     """The same for a call with lengths, a window, slopes or sinks, or with a cache for its keys and values."""
     if (
         _is_watched() or _known is None or not may_be_known(o) or (return_lse is not True and return_lse is not False)
-        or not all(_is_constant(x) for x in ((q, o.alibi, o.sinks) if v is None else (q, k, v, o.alibi, o.sinks)))
+        or not (_is_constant(q) and _is_constant(o.alibi) and _is_constant(o.sinks))
+        or (v is not None and not (_is_constant(k) and _is_constant(v)))
         or (found := beside(k, v, o)) is None
     ):  # fmt: skip
         return None
@@ -110,8 +111,8 @@ def known_with(q: Any, k: Any, v: Any, o: Options, return_lse: Any) -> Any:
     facts = (CAUSAL if o.causal else 0) | (LSE if return_lse else 0) | _threads(torch_threads()) * THREADS
     left, right = (-1 if n is None else n for n in o.window or (None, None))
     key = (facts, o.scale, o.softcap, left, right, given)
-    negated = stored is not None and any(
-        isinstance(x, Tensor) and x.is_neg() for x in (keys, values, stored.k_scale, stored.v_scale)
+    negated = stored is not None and (
+        _is_negated(keys) or _is_negated(values) or _is_negated(stored.k_scale) or _is_negated(stored.v_scale)
     )
     result = None if negated else _known.fold(q, keys, values, *key, team())
     if result is None:
@@ -125,13 +126,19 @@ def known_with(q: Any, k: Any, v: Any, o: Options, return_lse: Any) -> Any:
 
 def _is_constant(x: Any) -> bool:
     """Whether `x` is what its memory says, and no gradient of it is asked for."""
+    if x is None or type(x) is np.ndarray:
+        return True
     if not isinstance(x, Tensor):
-        return x is None or type(x) is np.ndarray
+        return False
     return _is_plain(x) and not x.is_neg() and not (x.requires_grad and is_grad_enabled())
 
 
+def _is_negated(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_neg()
+
+
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
+    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.layout is torch.strided
 
 
 def run(q: Any, k: Any, v: Any, how: How, out: Any = None) -> tuple[Tensor, Tensor]:
