@@ -12,11 +12,15 @@
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -120,6 +124,279 @@ template <class T, class A>
 const T* data(const std::optional<A>& x) {
     return x ? x->data() : nullptr;
 }
+
+// What an array of Python's is, asked through nanobind; `held` keeps it there. False if it is none that can
+// be read.
+bool look(nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
+    if (!nb::try_cast(x, held)) return false;
+    const nb::dlpack::dtype type = held.dtype();
+    t = {const_cast<void*>(held.data()),
+         {tilefold::dlpack::CPU, 0},
+         int32_t(held.ndim()),
+         {type.code, type.bits, type.lanes},
+         const_cast<int64_t*>(held.shape_ptr()),
+         const_cast<int64_t*>(held.stride_ptr()),
+         0};
+    return true;
+}
+
+// What a call was given beside q, k, v and numbers, as Python hands it on: each None, or as the caller has
+// it. Lengths, or with `packed` cumulative ones; of a cache the block table, its first keys (see
+// layouts.Stored) and scales; `kind` tells types apart that cross as the same integers; numbers per head.
+struct Given {
+    bool packed;
+    nb::handle q_ends, kv_ends, table, first, kept, k_scale, v_scale;
+    int64_t kind;
+    nb::handle alibi, sinks;
+
+    explicit Given(const nb::tuple& x)
+        : packed(item(x, 0).is(Py_True)),
+          q_ends(item(x, 1)),
+          kv_ends(item(x, 2)),
+          table(item(x, 3)),
+          first(item(x, 4)),
+          kept(item(x, 5)),
+          k_scale(item(x, 6)),
+          v_scale(item(x, 7)),
+          kind(nb::cast<int64_t>(item(x, 8))),
+          alibi(item(x, 9)),
+          sinks(item(x, 10)) {}
+    static nb::handle item(const nb::tuple& x, int n) {
+        PyObject* found = PyTuple_GetItem(x.ptr(), n);
+        if (!found) throw nb::python_error();
+        return found;
+    }
+
+    // Which of them there are.
+    int64_t parts() const {
+        int64_t bits = packed;
+        for (nb::handle x : {q_ends, kv_ends, table, first, k_scale, v_scale, alibi, sinks})
+            bits = bits << 1 | !x.is_none();
+        return bits;
+    }
+};
+
+// The same of a call that was understood before. The fact to know: what can change between two calls is
+// copied first, and the copy is checked, as call.py does at the first one. Whatever is wrong ends in `false`;
+// the sentence about it is Python's.
+template <class Look>
+class Checked {
+   public:
+    // `look(object, held, tensor)` describes an array, or says that it is none.
+    Checked(const tilefold::Problem& problem, Look look) : p_(problem), look_(std::move(look)) {}
+
+    // Everything into `a`, whose q and k are there.
+    bool take(const Given& given, tilefold::Arrays& a) {
+        if (given.packed ? !cumulative(given.q_ends, p_.q_len, q_ends_) ||
+                               !cumulative(given.kv_ends, p_.kv_len, kv_ends_)
+                         : !lengths(given.q_ends, a.q, p_.q_len, q_ends_) ||
+                               !lengths(given.kv_ends, a.q, p_.kv_len, kv_ends_))
+            return false;
+        if (!given.q_ends.is_none()) a.q_ends = q_ends_.data();
+        if (!given.kv_ends.is_none()) a.kv_ends = kv_ends_.data();
+        if (p_.layout == tilefold::PAGED ? !pages(given.table, a) : !given.table.is_none()) return false;
+        if (tilefold::is_code(p_.kv_dtype) &&
+            !(scale(given.k_scale, a.k, 0, a.k_scale) && scale(given.v_scale, a.v, 1, a.v_scale)))
+            return false;
+        if (!per_head(given.alibi, a.q, false, alibi_) || !per_head(given.sinks, a.q, true, sinks_))
+            return false;
+        if (!given.alibi.is_none()) a.alibi = alibi_.data();
+        if (!given.sinks.is_none()) a.sinks = sinks_.data();
+        return given.first.is_none() || holds(given, a.q);
+    }
+
+    // Results are new and dense: what belongs to no sequence is written with the rest of them.
+    void fill_padding(const tilefold::Arrays& a) const {
+        if (p_.layout == tilefold::VARLEN ||
+            std::ranges::all_of(q_ends_, [&](int64_t n) { return n == p_.q_len; }))
+            return;
+        const int64_t rows = p_.batch * p_.heads * p_.q_len;
+        std::memset(a.out.data, 0, size_t(rows * p_.v_dim * tilefold::width(a.out.type)));
+        if (a.lse && a.lse.type == DType::float64)
+            std::fill_n(reinterpret_cast<double*>(a.lse.data), rows, -INFINITY);
+        else if (a.lse)
+            std::fill_n(reinterpret_cast<float*>(a.lse.data), rows, -INFINITY);
+    }
+
+   private:
+    using Tensor = tilefold::dlpack::Tensor;
+
+    static bool integer(nb::handle x, int64_t& own) {
+        int overflow = 0;
+        own = PyLong_AsLongLongAndOverflow(x.ptr(), &overflow);
+        return !overflow;
+    }
+    bool look(nb::handle x, Input& held, Tensor& t) const {
+        return look_(x, held, t) && t.device.type == tilefold::dlpack::CPU && t.dtype.lanes == 1;
+    }
+
+    // `use` of every number, in order, until it says false.
+    template <class T, class Use>
+    static bool each(const Tensor& t, Use&& use) {
+        return each<T>(t, 0, static_cast<const char*>(t.data) + t.offset, use);
+    }
+    template <class T, class Use>
+    static bool each(const Tensor& t, int axis, const char* at, Use& use) {
+        if (axis == t.dims) {
+            T x;
+            std::memcpy(&x, at, sizeof x);
+            return use(x);
+        }
+        for (int64_t n = 0; n < t.shape[axis]; ++n)
+            if (!each<T>(t, axis + 1, at + n * t.strides[axis] * int64_t(sizeof(T)), use)) return false;
+        return true;
+    }
+
+    // Integers of any width.
+    bool integers(nb::handle x, Input& held, Tensor& t, std::vector<int64_t>& own) const {
+        using namespace tilefold::dlpack;
+        if (!look(x, held, t)) return false;
+        own.clear();
+        const auto keep = [&](auto n) { return own.push_back(int64_t(n)), std::in_range<int64_t>(n); };
+        const int bits = t.dtype.bits;
+        if (t.dtype.code == SIGNED)
+            return bits == 64   ? each<int64_t>(t, keep)
+                   : bits == 32 ? each<int32_t>(t, keep)
+                   : bits == 16 ? each<int16_t>(t, keep)
+                                : bits == 8 && each<int8_t>(t, keep);
+        if (t.dtype.code == UNSIGNED)
+            return bits == 64   ? each<uint64_t>(t, keep)
+                   : bits == 32 ? each<uint32_t>(t, keep)
+                   : bits == 16 ? each<uint16_t>(t, keep)
+                                : bits == 8 && each<uint8_t>(t, keep);
+        return false;
+    }
+
+    // Numbers of any floating type.
+    bool floats(nb::handle x, Input& held, Tensor& t, std::vector<double>& own) const {
+        using namespace tilefold::dlpack;
+        if (!look(x, held, t)) return false;
+        own.clear();
+        const auto keep = [&](double n) { return own.push_back(n), true; };
+        if (t.dtype.code == BFLOAT && t.dtype.bits == 16)
+            return each<uint16_t>(t,
+                                  [&](uint16_t n) { return keep(std::bit_cast<float>(uint32_t(n) << 16)); });
+        if (t.dtype.code != FLOAT) return false;
+        return t.dtype.bits == 64   ? each<double>(t, keep)
+               : t.dtype.bits == 32 ? each<float>(t, keep)
+               : t.dtype.bits == 16 ? each<uint16_t>(t, [&](uint16_t n) { return keep(half(n)); })
+                                    : false;
+    }
+    static double half(uint16_t n) {
+        const int exponent = n >> 10 & 31, part = n & 1023;
+        const double size = exponent == 31 ? (part ? NAN : INFINITY)
+                            : exponent     ? std::ldexp(1024 + part, exponent - 25)
+                                           : std::ldexp(part, -24);
+        return n >> 15 ? -size : size;
+    }
+
+    // One for each query head, of slopes also for each sequence; finite where scores are summed, but for
+    // sinks of −inf.
+    bool per_head(nb::handle x, const Array& q, bool sinks, std::vector<double>& own) const {
+        if (x.is_none()) return true;
+        Input held;
+        Tensor t;
+        if (!floats(x, held, t, own)) return false;
+        const bool wide = p_.acc_dtype == DType::float64;
+        for (double n : own) {
+            const double sum = wide ? n : double(float(n));
+            if (sinks ? std::isnan(sum) || sum == INFINITY : !std::isfinite(sum)) return false;
+        }
+        const size_t heads = size_t(p_.heads),
+                     all = p_.layout == tilefold::VARLEN ? heads : size_t(p_.batch) * heads;
+        if (t.dims == 1 && own.size() == heads) {
+            own.resize(all);
+            for (size_t n = heads; n < all; ++n) own[n] = own[n - heads];
+            return true;
+        }
+        return !sinks && t.dims == q.dims - 2 && std::equal(t.shape, t.shape + t.dims, q.shape);
+    }
+
+    // One integer, or one for each of the leading dimensions of q.
+    bool lengths(nb::handle x, const Array& q, int64_t most, std::vector<int64_t>& own) const {
+        if (x.is_none()) return true;
+        if (!spread(x, q, own)) return false;
+        return std::ranges::all_of(own, [&](int64_t n) { return 0 <= n && n <= most; });
+    }
+    bool spread(nb::handle x, const Array& q, std::vector<int64_t>& own) const {
+        if (PyLong_CheckExact(x.ptr())) {
+            int64_t every;
+            const bool fits = integer(x, every);
+            own.assign(size_t(p_.batch), every);
+            return fits;
+        }
+        Input held;
+        Tensor t;
+        if (!integers(x, held, t, own)) return false;
+        if (t.dims == 0) own.assign(size_t(p_.batch), int64_t(own[0]));
+        return t.dims == 0 || (t.dims == q.dims - 3 && std::equal(t.shape, t.shape + t.dims, q.shape));
+    }
+
+    bool cumulative(nb::handle x, int64_t total, std::vector<int64_t>& own) const {
+        Input held;
+        Tensor t;
+        return integers(x, held, t, own) && t.dims == 1 && t.dtype.code == tilefold::dlpack::SIGNED &&
+               t.dtype.bits >= 32 && int64_t(own.size()) == p_.batch + 1 && own.front() == 0 &&
+               own.back() == total && std::ranges::is_sorted(own);
+    }
+
+    // Codes without a table: each sequence is one page.
+    bool pages(nb::handle x, tilefold::Arrays& a) {
+        const int64_t count = a.k.shape[0];
+        Input held;
+        Tensor t;
+        if (x.is_none()) {
+            table_.resize(size_t(p_.batch));
+            std::iota(table_.begin(), table_.end(), int64_t(0));
+            a.table_width = 1;
+        } else {
+            if (!integers(x, held, t, table_) || t.dims != 2 || t.shape[0] != p_.batch) return false;
+            a.table_width = t.shape[1];
+        }
+        a.table = table_.data();
+        return a.table_width * a.k.shape[2] == p_.kv_len &&
+               std::ranges::all_of(table_, [&](int64_t page) { return -1 <= page && page < count; });
+    }
+
+    // One number for a page and head, for each of their rows, or for groups of dims: always as the last.
+    bool scale(nb::handle x, const Array& codes, int n, Array& scale) {
+        Tensor t;
+        if (!look(x, held_[n], t) || t.dtype.code != tilefold::dlpack::FLOAT || t.dtype.bits != 32 ||
+            t.dims < 2 || t.dims > 4)
+            return false;
+        int64_t *shape = shapes_[n], *strides = shape + 4;
+        for (int axis = 0; axis < 4; ++axis) {
+            shape[axis] = axis < t.dims ? t.shape[axis] : axis == 2 ? codes.shape[2] : 1;
+            strides[axis] = axis < t.dims ? t.strides[axis] : 0;
+        }
+        char* data = static_cast<char*>(t.data) + t.offset;
+        scale = {data, 4, shape, strides, DType::float32};
+        return reinterpret_cast<uintptr_t>(data) % sizeof(float) == 0 &&
+               std::equal(shape, shape + 3, codes.shape);
+    }
+
+    // Whether no query sees a key that a cache forgot.
+    bool holds(const Given& given, const Array& q) {
+        int64_t kept;
+        if (given.kv_ends.is_none() || !PyLong_CheckExact(given.kept.ptr()) || !integer(given.kept, kept) ||
+            !spread(given.first, q, first_))
+            return false;
+        for (size_t n = 0; n < kv_ends_.size(); ++n) {
+            const int64_t q_len = q_ends_.empty() ? p_.q_len : q_ends_[n], begins = kv_ends_[n] - q_len;
+            const int64_t lo = std::max(kept, begins - p_.band.left);
+            const int64_t hi = std::min({first_[n], kv_ends_[n], begins + q_len + p_.band.right});
+            if (q_len && lo < hi) return false;
+        }
+        return true;
+    }
+
+    const tilefold::Problem& p_;
+    const Look look_;
+    std::vector<int64_t> q_ends_, kv_ends_, table_, first_;
+    std::vector<double> alibi_, sinks_;
+    Input held_[2];
+    int64_t shapes_[2][8];
+};
 
 double peak(const std::string& what, int threads, double seconds, size_t bytes) {
     if (threads < 1 || threads > tilefold::MAX_THREADS)
@@ -332,11 +609,19 @@ class Fold {
             .bytes;
     }
 
-    // The whole of a call without optional arrays; −1 where an address is no multiple of its item size.
-    int64_t run_plain(Input q, Input k, Input v, Output out, std::optional<Output> lse, int team) const {
-        const tilefold::Arrays arrays{array(q), array(k), array(v), array(out), array(lse), {}, {}};
-        const uintptr_t all = uintptr_t(arrays.q.data) | uintptr_t(arrays.k.data) | uintptr_t(arrays.v.data);
-        if (all % (q.dtype().bits / 8)) return -1;
+    // The whole of a call that was understood before; −1 where it must be looked at in full, as an address is
+    // no multiple of its item size, or something is wrong with what else was given.
+    int64_t run_known(Input q, Input k, Input v, Output out, std::optional<Output> lse, int team,
+                      std::optional<nb::tuple> given) const {
+        tilefold::Arrays arrays{array(q), array(k), array(v), array(out), array(lse), {}, {}};
+        for (const Array* x : {&arrays.q, &arrays.k, &arrays.v})
+            if (reinterpret_cast<uintptr_t>(x->data) % size_t(tilefold::width(x->type))) return -1;
+        if (!given) return fold(arrays, everything(), team).bytes;
+        Checked checked(problem_, [](nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
+            return look(x, held, t);
+        });
+        if (!checked.take(Given(*given), arrays)) return -1;
+        checked.fill_padding(arrays);
         return fold(arrays, everything(), team).bytes;
     }
 
@@ -361,6 +646,7 @@ class Fold {
     }
 
     const char* isa() const { return machine_.name; }
+    const tilefold::Problem& problem() const { return problem_; }
 
    private:
     bool backward() const { return problem_.want & tilefold::GRAD; }
@@ -435,11 +721,13 @@ class Fold {
 // look-up, the results' memory from the framework, and the sweep are all that is left of it.
 class Tensors {
    public:
-    // `kind` is the tensor type, `parameter` another that adds nothing to it; empty_strided(shape, strides,
-    // dtype=, device=) makes a tensor, and `device` is the CPU.
-    Tensors(nb::handle kind, nb::handle parameter, nb::object empty_strided, nb::object device)
+    // `kind` is the tensor type, `parameter` another that adds nothing to it, `array` is NumPy's;
+    // empty_strided(shape, strides, dtype=, device=) makes a tensor, and `device` is the CPU.
+    Tensors(nb::handle kind, nb::handle parameter, nb::handle array, nb::object empty_strided,
+            nb::object device)
         : kind_(kind.ptr()),
           parameter_(parameter.ptr()),
+          array_(array.ptr()),
           empty_strided_(std::move(empty_strided)),
           device_(std::move(device)) {
         nb::object capsule = nb::getattr(kind, tilefold::dlpack::ExchangeApi::ATTRIBUTE);
@@ -451,16 +739,26 @@ class Tensors {
         names_ = nb::make_tuple("dtype", "device");
     }
 
-    // Each gives the results of a call that is known, or None.
+    // Each gives the results of a call that is known, or None. With `given`, k and v may be arrays of
+    // Python's.
     nb::object fold(nb::handle q, nb::handle k, nb::handle v, int facts, std::optional<double> scale,
-                    std::optional<double> softcap, int team) {
-        Key key(facts, scale, softcap);
+                    std::optional<double> softcap, int64_t left, int64_t right,
+                    std::optional<nb::tuple> given, int team) {
+        Key key(facts, scale, softcap, left, right);
         std::shared_ptr<const Known> known;
-        if (!take(key, {q, k, v}) || !(known = find(key))) return nb::none();
+        const std::optional<Given> there = given ? std::optional<Given>(*given) : std::nullopt;
+        if (!take(key, {q, k, v}) || !take(key, there) || !(known = find(key))) return nb::none();
+        tilefold::Arrays arrays{key.arrays[0], key.arrays[1], key.arrays[2], {}, {}, {}, {}};
+        Checked checked(known->fold->problem(),
+                        [this](nb::handle x, Input& held, tilefold::dlpack::Tensor& t) {
+                            return look(x.ptr(), held, t);
+                        });
+        if (there && !checked.take(*there, arrays)) return nb::none();
         nb::object results[MOST_RESULTS];
         Array made[MOST_RESULTS];
         allocate(*known, results, made);
-        const tilefold::Arrays arrays{key.arrays[0], key.arrays[1], key.arrays[2], made[0], made[1], {}, {}};
+        arrays.out = made[0], arrays.lse = made[1];
+        if (there) checked.fill_padding(arrays);
         known->fold->fold(arrays, known->fold->everything(), team);
         if (known->results.size() == 1) return std::move(results[0]);
         return nb::make_tuple(std::move(results[0]), std::move(results[1]));
@@ -469,7 +767,7 @@ class Tensors {
     nb::object gradient(nb::handle q, nb::handle k, nb::handle v, nb::handle out, nb::handle lse,
                         nb::handle dout, int facts, std::optional<double> scale,
                         std::optional<double> softcap, int team) {
-        Key key(facts, scale, softcap);
+        Key key(facts, scale, softcap, -1, -1);
         std::shared_ptr<const Known> known;
         if (!take(key, {q, k, v, out, lse, dout}) || !(known = find(key))) return nb::none();
         nb::object results[MOST_RESULTS];
@@ -484,10 +782,11 @@ class Tensors {
 
     // What the next call of this kind needs: how it runs, and (shape, strides, dtype) of each result.
     void remember(const std::vector<nb::object>& tensors, int facts, std::optional<double> scale,
-                  std::optional<double> softcap, nb::object fold, const std::vector<nb::tuple>& results) {
-        Key key(facts, scale, softcap);
+                  std::optional<double> softcap, int64_t left, int64_t right, std::optional<nb::tuple> given,
+                  nb::object fold, const std::vector<nb::tuple>& results) {
+        Key key(facts, scale, softcap, left, right);
         if (results.size() > MOST_RESULTS) throw std::invalid_argument("a call has at most three results");
-        if (!take(key, tensors)) return;
+        if (!take(key, tensors) || !take(key, given ? std::optional<Given>(*given) : std::nullopt)) return;
         auto known = std::make_shared<const Known>(Known{fold, nb::cast<const Fold*>(fold), results});
         nb::ft_lock_guard lock(mutex_);
         if (known_.size() >= MOST_KNOWN) known_.clear();
@@ -507,15 +806,19 @@ class Tensors {
 
     // What tells a call from others, number by number, and its tensors, whose shape and strides lie there.
     struct Key {
-        int64_t numbers[4 + MOST_TENSORS * (2 + 2 * MOST_DIMS)];
+        int64_t numbers[10 + MOST_TENSORS * (2 + 2 * MOST_DIMS)];
         size_t length = 0;
         Array arrays[MOST_TENSORS];
+        Input held[MOST_TENSORS];
 
-        Key(int facts, std::optional<double> scale, std::optional<double> softcap) {
+        // `left` and `right` of a window, −1 for none.
+        Key(int facts, std::optional<double> scale, std::optional<double> softcap, int64_t left,
+            int64_t right) {
             add(facts);
             add(scale ? std::bit_cast<int64_t>(*scale)
                       : -1);  // −1 is the pattern of a NaN, which no scale is
             add(softcap ? std::bit_cast<int64_t>(*softcap) : -1);
+            add(left), add(right);
         }
         void add(int64_t x) { numbers[length++] = x; }
         std::string_view text() const {
@@ -533,21 +836,44 @@ class Tensors {
     bool take(Key& key, const Handles& tensors) const {
         size_t n = 0;
         for (const auto& tensor : tensors)
-            if (n == MOST_TENSORS || !take(key, tensor.ptr(), key.arrays[n++])) return false;
+            if (n == MOST_TENSORS || !take(key, tensor.ptr(), n++)) return false;
+        return true;
+    }
+    // What of `given` a call is understood by; all else may be another each time.
+    bool take(Key& key, const std::optional<Given>& given) const {
+        if (!given) return true;
+        key.add(given->parts()), key.add(given->kind);
+        const nb::handle none = Py_None;
+        for (nb::handle x :
+             {given->table, given->packed ? given->q_ends : none, given->packed ? given->kv_ends : none}) {
+            Input held;
+            tilefold::dlpack::Tensor t;
+            if (x.is_none()) continue;
+            if (!look(x.ptr(), held, t) || t.dims < 1) return false;
+            key.add(t.shape[t.dims - 1]);
+        }
+        size_t n = MOST_TENSORS;
+        for (nb::handle x : {given->k_scale, given->v_scale})
+            if (!x.is_none() && !take(key, x.ptr(), --n)) return false;
         return true;
     }
     bool take(Key& key, std::initializer_list<nb::handle> tensors) const {
         return take<std::initializer_list<nb::handle>>(key, tensors);
     }
-    bool take(Key& key, PyObject* tensor, Array& array) const {
+    bool take(Key& key, PyObject* tensor, size_t n) const {
         tilefold::dlpack::Tensor t;
-        if (!look(tensor, t) || t.dims > int(MOST_DIMS)) return false;
+        Array& array = key.arrays[n];
+        if (!look(tensor, key.held[n], t) || t.dims > int(MOST_DIMS)) return false;
         const int64_t* sizes = key.numbers + key.length + 1;
         if (!describe(t, sizes, array)) return false;
-        key.add(t.dims << 8 | int(array.type));
+        key.add(t.dims << 16 | t.dtype.code << 8 | int(array.type));
         for (int i = 0; i < t.dims; ++i) key.add(t.shape[i]);
         for (int i = 0; i < t.dims; ++i) key.add(t.strides[i]);
         return true;
+    }
+    bool look(PyObject* x, Input& held, tilefold::dlpack::Tensor& t) const {
+        if (reinterpret_cast<const PyObject*>(Py_TYPE(x)) == array_) return ::look(x, held, t);
+        return look(x, t);
     }
     bool look(PyObject* tensor, tilefold::dlpack::Tensor& t) const {
         const PyObject* type = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
@@ -558,17 +884,24 @@ class Tensors {
     }
     static bool describe(const tilefold::dlpack::Tensor& t, const int64_t* sizes, Array& array) {
         using namespace tilefold::dlpack;
-        const bool real = t.dtype.code == FLOAT && t.dtype.bits >= 16 && t.dtype.bits <= 64;
-        if (t.device.type != CPU || !(real || (t.dtype.code == BFLOAT && t.dtype.bits == 16))) return false;
-        const DType type = !real                ? DType::bfloat16
-                           : t.dtype.bits == 64 ? DType::float64
-                           : t.dtype.bits == 32 ? DType::float32
-                                                : DType::float16;
+        if (t.device.type != CPU || !type_of(t, array.type)) return false;
         static char nothing;  // an empty tensor may have no memory
         char* data = t.data ? static_cast<char*>(t.data) + t.offset : &nothing;
         if (t.data && reinterpret_cast<uintptr_t>(data) % (t.dtype.bits / 8)) return false;
-        array = {data, t.dims, sizes, sizes + t.dims, type};
+        array = {data, t.dims, sizes, sizes + t.dims, array.type};
         return true;
+    }
+    // Codes and Python's bfloat16 come as integers, and a call that is known is told apart by the code too.
+    static bool type_of(const tilefold::dlpack::Tensor& t, DType& type) {
+        using namespace tilefold::dlpack;
+        const bool real = t.dtype.code == FLOAT, half = t.dtype.code == BFLOAT || t.dtype.code == UNSIGNED;
+        type = t.dtype.bits == 8            ? DType::uint8
+               : t.dtype.bits == 16 && half ? DType::bfloat16
+               : t.dtype.bits == 16         ? DType::float16
+               : t.dtype.bits == 32         ? DType::float32
+                                            : DType::float64;
+        return t.dtype.lanes == 1 && t.dtype.bits <= 64 &&
+               (real || t.dtype.bits == 8 || (t.dtype.bits == 16 && half));
     }
 
     std::shared_ptr<const Known> find(const Key& key) {
@@ -591,7 +924,7 @@ class Tensors {
         }
     }
 
-    const PyObject *kind_, *parameter_;
+    const PyObject *kind_, *parameter_, *array_;
     nb::object empty_strided_, device_, names_;
     const tilefold::dlpack::ExchangeApi* api_;
     std::unordered_map<std::string, std::shared_ptr<const Known>, Hash, std::equal_to<>> known_;
@@ -684,18 +1017,25 @@ NB_MODULE(_core, m) {
              "last_row"_a, "frame"_a, "head"_a, "lo"_a.none(), "hi"_a.none(), "bits"_a.none(), "bits_start"_a,
              "team"_a, "pools"_a,
              "Add the weights that lse finishes to the pools; the bytes of workspace it took.")
-        .def(
-            "run_plain", &Fold::run_plain, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
-            "The same for a whole call without optional arrays; the bytes, or -1 if an array is misaligned.");
+        .def("run_known", &Fold::run_known, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a.none(), "team"_a,
+             "given"_a.none() = nb::none(),
+             "The same for a whole call that was understood before; the bytes, or -1 if it must be looked at "
+             "in full: "
+             "an array is misaligned, or something `given` is wrong (packed, q_ends, kv_ends, table, first, "
+             "kept, "
+             "k_scale, v_scale, kind, alibi, sinks).");
     nb::class_<Tensors>(m, "Tensors", "Calls on a framework's tensors that were understood once.")
-        .def(nb::init<nb::handle, nb::handle, nb::object, nb::object>(), "kind"_a, "parameter"_a,
-             "empty_strided"_a, "device"_a)
+        .def(nb::init<nb::handle, nb::handle, nb::handle, nb::object, nb::object>(), "kind"_a, "parameter"_a,
+             "array"_a, "empty_strided"_a, "device"_a)
         .def("fold", &Tensors::fold, "q"_a, "k"_a, "v"_a, "facts"_a, "scale"_a.none(), "softcap"_a.none(),
-             "team"_a, "The result of a call that is known, (out, lse) if it has two; else None.")
+             "left"_a, "right"_a, "given"_a.none(), "team"_a,
+             "The result of a call that is known, (out, lse) if it has two; None where it is not, or must be "
+             "looked at "
+             "in full. `left` and `right` of a window are -1 for none; `given` is what Fold.run_known takes.")
         .def("gradient", &Tensors::gradient, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "facts"_a,
              "scale"_a.none(), "softcap"_a.none(), "team"_a, "(dq, dk, dv) of a call that is known, or None.")
         .def("remember", &Tensors::remember, "tensors"_a, "facts"_a, "scale"_a.none(), "softcap"_a.none(),
-             "fold"_a, "results"_a,
+             "left"_a, "right"_a, "given"_a.none(), "fold"_a, "results"_a,
              "Make a call known: the Fold that runs it, and (shape, strides, dtype) of each result.")
         .def("__len__", &Tensors::size);
 }

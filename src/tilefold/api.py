@@ -117,14 +117,15 @@ def attention(
             sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_lengths=q_lengths,
             kv_lengths=kv_lengths,
         )  # fmt: skip
-    simple = (
-        mask is None and window is None and bias is None and alibi is None and sinks is None and cu_seqlens_q is None
-        and cu_seqlens_k is None and q_lengths is None and kv_lengths is None and probes == () and out is None
-        and invariant is False and backend == "auto" and plan is None and not unknown
-    )  # fmt: skip
+    usual = probes == () and out is None and backend == "auto" and plan is None and not unknown
     door = None if type(q) is np.ndarray else door_of(q)
-    if simple:
-        result = (door or shortcut).known(q, k, v, causal, scale, softcap, return_lse)
+    way = door or shortcut
+    if (
+        usual and v is not None and mask is None and window is None and bias is None and alibi is None and sinks is None
+        and cu_seqlens_q is None and cu_seqlens_k is None and q_lengths is None and kv_lengths is None
+        and invariant is False
+    ):  # fmt: skip
+        result = way.known(q, k, v, causal, scale, softcap, return_lse)
         if result is not None:
             return result
     refuse_unknown(unknown)
@@ -133,6 +134,10 @@ def attention(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_lengths=q_lengths, kv_lengths=kv_lengths,
         invariant=invariant,
     )  # fmt: skip
+    if usual:
+        result = way.known_with(q, k, v, options, return_lse)
+        if result is not None:
+            return result
     statistics = check(probes, "probes")
     return_lse = flag("return_lse", return_lse) or bool(probes)
     if door is not None and (not statistics or door.sees_more(q, k, v, options)):
@@ -140,8 +145,6 @@ def attention(
         return (*result, _probed(q, k, statistics, options, backend)) if statistics else result
     want = Want.LSE if return_lse else Want(0)
     call = folded(q, k, v, options, want=want, taps=taps_of(statistics), backend=backend, plan=plan, out=out)
-    if simple:
-        shortcut.remember(call, q, k, v, causal, scale, softcap, return_lse)
     result = out if out is not None else leave(q, call.out)
     if statistics:
         return result, leave(q, call.lse), _seen(q, call, statistics)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import enter, enter_floats
+from .backends.cpu import FAR, as_crosses
 from .caches import cascade, packed
 from .dtypes import CODES, ROWS, Code, code_of, name_of
 from .frameworks import is_traced
@@ -295,6 +296,68 @@ def differentiated(
     x.out, x.lse = checked["out"], checked["lse"]
     grads = backend_of(call.plan).gradient(call.plan, x, checked["dout"], checked.get("dlse"))
     return grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0]) if call.squeeze else grads
+
+
+# ---- calls that are known: what was understood once, and what is looked at each time ---------------------------
+
+
+def may_be_known(o: Options) -> bool:
+    """Whether options that equal these mean the same, arrays aside: True == 1, but causal=1 is an error."""
+    return (
+        (o.causal is True or o.causal is False)
+        and (o.scale is None or type(o.scale) is float)
+        and (o.softcap is None or type(o.softcap) is float)
+        and (o.window is None or _is_plain_window(o.window))
+        and o.mask is None
+        and o.bias is None
+        and o.invariant is False
+    )
+
+
+def _is_plain_window(window: Any) -> bool:
+    if type(window) is not tuple or len(window) != 2:
+        return False
+    left, right = window
+    return (left is None or (type(left) is int and 0 <= left < FAR)) and (
+        right is None or (type(right) is int and 0 <= right < FAR)
+    )
+
+
+def beside(k: Any, v: Any, o: Options) -> tuple[Stored | None, Any, Any, tuple[Any, ...]] | None:
+    """(what a cache holds, its k and v or those given, all other arrays) as the core takes them at a known call; None
+    where they must be looked at in full. Nothing is checked here but what goes together."""
+    packed = o.cu_seqlens_q is not None or o.cu_seqlens_k is not None
+    if packed and (o.cu_seqlens_q is None or o.cu_seqlens_k is None or o.q_lengths is not None):
+        return None
+    if v is not None:
+        if not packed:
+            return (
+                None,
+                k,
+                v,
+                (False, o.q_lengths, o.kv_lengths, None, None, 0, None, None, -1, o.alibi, o.sinks),
+            )
+        if o.kv_lengths is not None:
+            return None
+        return (
+            None,
+            k,
+            v,
+            (True, o.cu_seqlens_q, o.cu_seqlens_k, None, None, 0, None, None, -1, o.alibi, o.sinks),
+        )
+    if packed or o.kv_lengths is not None or not is_cache(k):
+        return None
+    x = k.stored()
+    if type(x) is not Stored or x.cascade or x.settled is not None:
+        return None
+    k, v, kind = x.k, x.v, -1
+    if type(k) is np.ndarray and type(v) is np.ndarray:
+        if k.dtype != v.dtype:
+            return None
+        k, v, kind = as_crosses(k), as_crosses(v), k.dtype.num
+    return x, k, v, (
+        False, o.q_lengths, x.lengths, x.table, x.first, x.kept, x.k_scale, x.v_scale, kind, o.alibi, o.sinks
+    )  # fmt: skip
 
 
 def _masks(o: Options, x: Operands, kv_len: int) -> Band:

@@ -66,6 +66,10 @@ class Stored:
     settled: Any = None
     dropped: Any = None
 
+    def stored(self) -> Stored:
+        """Itself: what a cache holds at one moment stands for keys and values too."""
+        return self
+
 
 def gathered(p: Problem, x: Operands) -> tuple[Problem, Operands]:
     """The same with its pages one after another and its codes decoded, in a copy of what the sequences use."""

@@ -369,6 +369,11 @@ BAD = {
         TypeError,
         "cu_seqlens and lengths exclude each other",
     ),
+    "cu_seqlens: other lengths": (
+        PACKED | {"q_lengths": 3},
+        TypeError,
+        "cu_seqlens and lengths exclude each other",
+    ),
     "cu_seqlens: list": (
         PACKED | {"cu_seqlens_q": [0, 3, 5]},
         TypeError,
@@ -556,6 +561,55 @@ def test_is_refused_and_nothing_is_written(what):
     assert raised.type is error
     assert [x.tobytes() for x in held] == before
     assert out is arguments["out"]
+
+
+LENGTHS = {"kv_lengths": np.array([7, 3]), "q_lengths": np.array([5, 1])}
+KNOWN = [
+    {},
+    {"causal": True},
+    {"scale": 1.0},
+    {"softcap": 1.0},
+    {"return_lse": True},
+    {"window": (1, 0)},
+    {"window": (None, 2)},
+    {"alibi": np.ones(4)},
+    {"sinks": np.ones(4)},
+    LENGTHS,
+    *({name: ends} for name, ends in LENGTHS.items()),
+    PACKED,
+]
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_known_call_is_refused_as_the_first_would_be(what):
+    """A call is known by its shapes and a few numbers; the one that is wrong may have those of one that was right."""
+    for right in KNOWN:
+        for _ in range(2):
+            tf.attention(**({"q": Q, "k": K, "v": V} | right))
+    wrong, error, says = BAD[what]
+    for _ in range(2):
+        with pytest.raises(error, match=says):
+            tf.attention(**({"q": Q, "k": K, "v": V} | wrong))
+
+
+@pytest.mark.parametrize(
+    "what", [what for what in BAD if what.startswith(("cu_seqlens", "kv_len", "q_len", "alibi", "sinks"))]
+)
+def test_a_known_call_on_tensors_is_refused_as_the_first_would_be(what):
+    torch = pytest.importorskip("torch")
+
+    def call(arguments):
+        given = {"q": Q, "k": K, "v": V} | arguments
+        return tf.attention(
+            **{name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+        )
+
+    for right in KNOWN:
+        call(right), call(right)
+    wrong, error, says = BAD[what]
+    for _ in range(2):
+        with pytest.raises(error, match=says):
+            call(wrong)
 
 
 def test_the_call_without_a_fault_is_taken():

@@ -26,7 +26,8 @@ def peak():
 n = int(sys.argv[1])
 q, k = (np.random.default_rng(s).standard_normal((1, n, 16), dtype=np.float32) for s in range(2))
 what = [tf.entropy(), tf.max_logit(), tf.mean_distance(), tf.mass_in(first=slice(0, 4), near=tf.window(9, 0)),
-        tf.topk(4), tf.key_mass(), tf.key_mass(discount=0.999).named("fading"), tf.key_max(), tf.heatmap(32, 32), tf.rows([5])]
+        tf.topk(4), tf.key_mass(), tf.key_mass(discount=0.999).named("fading"), tf.key_max(),
+        tf.heatmap(32, 32), tf.rows([5])]
 tf.probe(q[:, :300], k[:, :300], *what, window=(127, 0))  # what a first call costs once
 with open("/proc/self/clear_refs", "w") as refs:
     refs.write("5")

@@ -30,6 +30,7 @@ from ..dtypes import ROWS
 from ..probes.statistic import Filled, results, taps_of
 from .here import peak_bytes
 from .machine import cpu_model
+from .peers.matrix import whole_matrix
 from .quiet import quiet
 
 Call = Callable[[], Any]
@@ -92,24 +93,6 @@ def asked(keys: int) -> list[Asked]:
         Asked(f"`probe`, `key_mass()` and `heatmap({bins}, {bins})`", (mass, heat), False),
         Asked("`probe`, `key_mass(last=64)`", (tf.key_mass(last=short),), False),
     ]
-
-
-def whole_matrix(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> Call:
-    """The weights and the output as models compute them that return `output_attentions`."""
-    import torch
-
-    tensors = [torch.from_numpy(x.astype(np.float32)).to(getattr(torch, q.dtype.name)) for x in (q, k, v)]
-    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1) if causal else None
-
-    def call() -> Any:
-        a, b, c = tensors
-        s = a @ b.mT * a.shape[-1] ** -0.5
-        if hidden is not None:
-            s = s.masked_fill(hidden, -torch.inf)
-        w = torch.softmax(s, dim=-1, dtype=torch.float32).to(a.dtype)
-        return w @ c, w
-
-    return call
 
 
 def measured(every: dict[str, Call], rounds: int) -> dict[str, float]:

@@ -80,7 +80,7 @@ class KVCache:
         new = self._rows.enter(k, v, self._batch, lengths, cu_seqlens)
         new = self._rows.stored(keys_turned(rotary, new, self.seen_tokens))
         ends = self._lengths + new.counts
-        if (most := int(ends.max())) > self.capacity:
+        if (most := max(ends.tolist())) > self.capacity:
             if not self._grows:
                 raise CacheFull(f"the capacity of the cache is {self.capacity} rows, and {most} are needed")
             self._grow(most)

@@ -23,6 +23,8 @@ from .pool import Pool
 from .rotary import Rotary, keys_turned
 from .rows import New, Rows, by_name, per_sequence, shortened
 
+NO_PAGE = array("q", [-1])
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -141,7 +143,7 @@ class PagedKVCache:
         new = self._pool.rows.stored(
             keys_turned(rotary, new, np.array([s.length + s.dropped for s in sequences], np.int64))
         )
-        growing = [(s, int(n)) for s, n in zip(sequences, new.counts, strict=True) if n]
+        growing = [(s, n) for s, n in zip(sequences, new.counts.tolist(), strict=True) if n]
         self._pool.reserve(self._needed(growing))
         for sequence, _ in growing:
             self._give_back(sequence)
@@ -382,7 +384,7 @@ class PagedKVCache:
         elif not isinstance(ids, (list, tuple, range, np.ndarray)):
             raise TypeError(f"ids must be one id or a sequence of them, got {type(ids).__name__}")
         named = [integer("id", id, None) for id in ids]
-        sequences = {id: self._of(id) for id in named}
+        sequences = {id: self._sequences.get(id) or self._of(id) for id in named}
         if distinct and len(sequences) < len(named):
             twice = next(id for id, n in Counter(named).items() if n > 1)
             raise ValueError(f"ids must differ, got {twice} twice")
@@ -497,10 +499,13 @@ class PagedKVCache:
                 yield from (head[:rows] for head in x[page])
 
     def _stored(self, ids: tuple[int, ...], cascade: bool) -> Stored:
-        sequences = [self._of(id) for id in ids]
-        table = np.full((len(ids), roomy(max((len(s.pages) for s in sequences), default=0))), -1)
-        for row, s in zip(table, sequences, strict=True):
-            row[: len(s.pages)] = s.pages
+        sequences = [self._sequences.get(id) or self._of(id) for id in ids]
+        width = roomy(max((len(s.pages) for s in sequences), default=0))
+        pages = array("q")
+        for s in sequences:
+            pages += s.pages
+            pages += NO_PAGE * (width - len(s.pages))
+        table = np.frombuffer(pages, np.int64).reshape(len(ids), width)
         lengths = np.array([s.length for s in sequences], np.int64)
         first = None if self._window is None else np.array([s.first for s in sequences], np.int64)
         evicted: dict[str, Any] = {}

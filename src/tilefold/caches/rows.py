@@ -200,7 +200,8 @@ def per_sequence(name: str, given: Any, batch: int) -> np.ndarray:
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if array.shape not in ((), (batch,)):
         raise ValueError(f"{name} must be one integer or have shape ({batch},), got {array.shape}")
-    own = np.array(np.broadcast_to(array, batch), np.int64)
+    own = np.empty(batch, np.int64)
+    own[...] = array
     if own.size and own.min() < 0:
         raise ValueError(f"{name} must be >= 0, got {own.min()}")
     return own
@@ -227,8 +228,8 @@ def ends_of(name: str, given: Any, total: int, batch: int) -> np.ndarray:
 def shortened(lengths: Any, now: np.ndarray) -> np.ndarray:
     """The argument `lengths` of a truncation: none of them longer than `now`."""
     own = per_sequence("lengths", lengths, len(now))
-    if (longer := np.flatnonzero(own > now)).size:
-        n = int(longer[0])
+    if (longer := own > now).any():
+        n = int(longer.argmax())
         raise ValueError(f"lengths must not exceed what is stored: {own[n]} for {now[n]} at index {n}")
     return own
 

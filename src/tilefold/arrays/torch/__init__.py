@@ -18,7 +18,7 @@ from ...call import Options, is_cache
 from ...plan import Plan
 from . import operators, tensors
 from .autograd import FORWARD, Attention, Transformed
-from .calls import How, known, known_gradients, run
+from .calls import How, known, known_gradients, known_with, run
 from .merge import merge
 from .probes import differentiable
 
@@ -28,6 +28,7 @@ __all__ = [
     "entering",
     "known",
     "known_gradients",
+    "known_with",
     "merge",
     "sees_more",
     "tensors",

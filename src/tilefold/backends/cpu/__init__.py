@@ -99,7 +99,7 @@ class NativeBackend:
         fill_padding(p, x, rows)
         run, whose = running(plan).run, team()
         out = x.out if x.out.flags.aligned else np.empty(x.out.shape, x.out.dtype)
-        arrays = _arrays(p, x, _plain(out), x.lse)
+        arrays = _arrays(p, x, as_crosses(out), x.lse)
         arrays += [x.table, *(None if a is None else _as_core_reads(a) for a in (x.k_scale, x.v_scale))]
         if p.want & Want.ROWS:
             told = Told(CORE, p, x)
@@ -144,7 +144,7 @@ class NativeBackend:
         arrays = _arrays(p, x, _as_core_reads(x.out), _as_core_reads(x.lse)) + [
             _as_core_reads(dout),
             None if dlse is None else _as_core_reads(dlse),
-            *(_plain(grad) for grad in (dq, dk, dv)),
+            *(as_crosses(grad) for grad in (dq, dk, dv)),
             None if dbias is None or x.bias is None else _as_written(dbias, x.bias.shape),
             dsinks,
             add,
@@ -196,10 +196,10 @@ def _as_core_reads(x: np.ndarray) -> np.ndarray:
     if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
         stored = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.strides)]
         x = np.broadcast_to(stored.copy(), x.shape)
-    return _plain(x)
+    return as_crosses(x)
 
 
-def _plain(x: np.ndarray) -> np.ndarray:
+def as_crosses(x: np.ndarray) -> np.ndarray:
     """Types that NumPy's buffers do not know as the integers that they are made of."""
     return x.view(f"u{x.itemsize}") if name_of(x.dtype) in ("bfloat16", "float8_e4m3fn") else x
 
