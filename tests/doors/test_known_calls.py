@@ -509,6 +509,19 @@ def test_a_cascade_is_looked_at_each_time(way, looked_at):
         assert len(looked_at) == n
 
 
+def test_a_cache_that_evicted_is_looked_at_each_time(way):
+    """Queries that stand before what was evicted are refused, also where a call like theirs was known before."""
+    q, rows = way(some(1, HEADS, 3, DIM)), way(some(1, KV_HEADS, 8, DIM))
+    cache = tf.KVCache(1, KV_HEADS, DIM, like=rows)
+    cache.append(rows, rows)
+    for _ in range(2):
+        tf.attention(q, cache, causal=True)
+    cache.keep(np.arange(0, 8, 2)[None, None])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="q must have at most 1 rows for sequence 0, whose cache evicted keys"):
+            tf.attention(q, cache, causal=True)
+
+
 def test_integers_are_no_bfloat16(way):
     """Though its bits cross as these."""
     q = way(some(BATCH, HEADS, 1, DIM, dtype="bfloat16"))
@@ -522,14 +535,17 @@ def test_integers_are_no_bfloat16(way):
 
 
 def test_every_part_of_a_cache_is_part_of_what_is_known():
-    """A field that a known call does not look at would be ignored without a word."""
+    """A field that a known call does not look at would be ignored without a word. Where the last two are given a call
+    is looked at in full."""
     assert [*Stored.__dataclass_fields__] == [
-        *("k", "v", "lengths", "table", "first", "kept", "cascade", "k_scale", "v_scale")
+        *("k", "v", "lengths", "table", "first", "kept", "cascade", "k_scale", "v_scale"),
+        *("settled", "dropped"),
     ]
 
 
 def test_what_is_known_is_bounded(way, monkeypatch):
     monkeypatch.setattr(shortcut, "MOST", 3)
+    shortcut._known.clear()
     q = way(some(1, 1, 1, 1))
     for n in range(1, 1100):
         x = np.zeros((1, 1, n, 1), np.float32)
@@ -591,7 +607,7 @@ def test_a_known_call_is_refused_as_the_first_would_be(way, looked_at, what, as_
     known(looked_at, q, cache, causal=True)
 
 
-@pytest.mark.parametrize("name", ["kv_lengths", "cu_seqlens_q", "cu_seqlens_k"])
+@pytest.mark.parametrize("name", ["kv_lengths", "cu_seqlens_k"])
 def test_a_known_cache_still_knows_its_lengths(way, name):
     (q, cache), _ = stretch(way, "float32")
     for _ in range(2):

@@ -320,6 +320,7 @@ def test_the_line_is_the_statistic(tab, seen):
         assert np.array_equal(y, getattr(seen["third"], name)[3].astype(np.float64))
         assert name in tab.get_attribute("#profile", "aria-label")
     tab.click("#profile-details summary")
+    wait_for(tab, lambda: cells(tab, "#profile-numbers tbody"))  # a page hears of it a moment later
     lines = cells(tab, "#profile-numbers tbody")
     assert [line[1] for line in lines[:9]] == [short(x) for x in seen["third"].key_mass[3, :9]]
 

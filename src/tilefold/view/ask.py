@@ -16,8 +16,9 @@ STEP = 4
 def statistics(q_len: int, kv_len: int, *, top: int = 8, finest: int = 1024) -> tuple[Statistic, ...]:
     """The statistics that a page shows, for `q_len` queries on `kv_len` keys.
 
-    Entropy, the largest weight and the mean distance of each query, its `top` largest weights, the mass of each key,
-    and maps of 64, 256, 1024, ... bins a side up to `finest`, the last of single cells where the lengths are below it.
+    Entropy, the largest weight and the mean distance of each query, its `top` largest weights (all of fewer keys), the
+    mass of each key, and maps of 64, 256, 1024, ... bins a side up to `finest`, the last of single cells where the
+    lengths are below it.
     Per head the finest map takes 4 MiB as it stands.
 
     >>> import numpy as np, tilefold as tf
@@ -31,7 +32,14 @@ keys: (4, 300, 8)}, key_mass: (4, 300), map_64: (4, 64, 64), map_256: (4, 256, 2
     integer("statistics: kv_len", kv_len, 1)
     integer("statistics: finest", finest, 1)
     maps = [heatmap(min(n, q_len), min(n, kv_len)).named(f"map_{n}") for n in _sides(q_len, kv_len, finest)]
-    return (entropy(), max_weight(), mean_distance(), topk(top), key_mass(), *maps)
+    return (
+        entropy(),
+        max_weight(),
+        mean_distance(),
+        topk(min(integer("statistics: top", top, 1), kv_len)),
+        key_mass(),
+        *maps,
+    )
 
 
 def _sides(q_len: int, kv_len: int, finest: int) -> list[int]:
