@@ -1,7 +1,7 @@
 """What it costs to see what attention looked at, as parts of a plain forward call; nobody types a number.
 
     python -m tilefold.bench.probes [--tokens 8192] [--heads 8] [--dim 64] [--rounds 7] [--causal] [--dtype float32]
-    python -m tilefold.bench.probes --tokens 1048576 --rounds 1
+    python -m tilefold.bench.probes --once --tokens 1048576 --heads 1 --causal --dtype bfloat16
 
 Prints a Markdown table. Everything takes part in every round, medians are shown, and each row is a call of its own, so
 `probe` rows contain the sweep that finds the log-sum-exp. Beside it stands what the whole matrix costs: torch's own
@@ -95,6 +95,21 @@ def asked(keys: int) -> list[Asked]:
     ]
 
 
+def once(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> str:
+    """One probe of everything over rows, masses and a map, in words."""
+    n = k.shape[-2]
+    what = (*statistics_over_rows(n), tf.key_mass(), tf.heatmap(min(64, n), min(64, n)))
+    start = perf_counter()
+    taken = Asked("", what, False).bytes(q, k, v, causal)
+    took = perf_counter() - start
+    matrix = q.shape[0] * q.shape[1] * n * ROWS[q.dtype.name].itemsize
+    return (
+        f"{n:,} tokens, {q.shape[0]} head(s), d {q.shape[-1]}, {q.dtype.name}{', causal' if causal else ''}: all "
+        f"statistics over rows, `key_mass()` and a `heatmap` in {took:,.1f} s and {size(taken)} beyond inputs, results "
+        f"included, on {tf.get_num_threads()} threads of {cpu_model()}. The weights would be {size(matrix)}."
+    )
+
+
 def measured(every: dict[str, Call], rounds: int) -> dict[str, float]:
     """Seconds of each, the median of interleaved rounds after one that nobody counts."""
     seconds: dict[str, list[float]] = {name: [] for name in every}
@@ -126,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in (("tokens", 8192), ("heads", 8), ("dim", 64), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument(
+        "--once", action="store_true", help="one probe of all statistics at once, its time and memory"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     given = parser.parse_args(arguments)
     if given.dtype == "bfloat16":
@@ -133,6 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = (given.heads, given.tokens, given.dim)
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal(shape, dtype=np.float32).astype(given.dtype) for _ in range(3))
+    if given.once:
+        print(once(q, k, v, given.causal))
+        return
     rows, refused = asked(given.tokens), {}
     every: dict[str, Call] = {row.name: partial(row.run, q, k, v, given.causal) for row in rows}
     matrix = given.heads * given.tokens**2 * ROWS[given.dtype].itemsize

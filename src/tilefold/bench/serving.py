@@ -152,8 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     given = parser.parse_args(arguments)
-    if given.dtype == "bfloat16":
-        import ml_dtypes  # noqa: F401  (registers the name)
+    import ml_dtypes  # noqa: F401  (registers the names of bfloat16 and float8)
+
     maker = Maker(given.heads, given.kv_heads, given.dim, given.dtype)
     rows = [*maker.one_query(given.keys), *maker.ragged(), *maker.cascade()]
     print(table(rows, *measured(rows, given.rounds)))
