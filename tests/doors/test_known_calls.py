@@ -518,7 +518,9 @@ def test_a_cache_that_evicted_is_looked_at_each_time(way):
         tf.attention(q, cache, causal=True)
     cache.keep(np.arange(0, 8, 2)[None, None])
     for _ in range(2):
-        with pytest.raises(ValueError, match="q must have at most 1 rows for sequence 0, whose cache evicted keys"):
+        with pytest.raises(
+            ValueError, match="q must have at most 1 rows for sequence 0, whose cache evicted keys"
+        ):
             tf.attention(q, cache, causal=True)
 
 

@@ -189,3 +189,20 @@ def test_statistics_ride_with_attention(backend):
     np.testing.assert_array_equal(lse, plain[1])
     for name in ("entropy", "topk.keys", "mass_in.near", "key_mass", "heatmap"):
         np.testing.assert_allclose(found(seen, name, False), found(alone, name, False), rtol=1e-5, atol=1e-6)
+
+
+def test_jax_arrays_come_back_as_jax_arrays():
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    a = Case.parse("float32 h2 q20 k30 d8").build()
+    q, k = (jax.numpy.asarray(x) for x in (a.q, a.k))
+    seen, plain = (
+        tf.probe(*given, tf.topk(3), tf.mass_in(first=slice(0, 2)), tf.heatmap(2, 3))
+        for given in ((q, k), (a.q, a.k))
+    )
+    for x, y in (
+        (seen.topk.keys, plain.topk.keys),
+        (seen.mass_in.first, plain.mass_in.first),
+        (seen.heatmap, plain.heatmap),
+    ):
+        assert isinstance(x, jax.Array)
+        np.testing.assert_array_equal(np.asarray(x), y)
