@@ -5,9 +5,9 @@
 // shuffles and 8 multiply-adds per query row. Values: lanes are dimensions. Each element is summed in the
 // very order of fold.inl, so a row has the same bits here and there: decoding reproduces prefill. Tried: dot
 // products along the dimensions, which need no shuffles but sum in another order; asking for all that comes
-// with a loop of its own, which costs more than it brings. For bf16 on a machine that multiplies tiles: keys as
-// rows of A, interleaved values as B. That took 20 ns per key of 128 dims instead of 23 from the second cache,
-// and nothing off from memory, where all waits for what was asked for in bursts.
+// with a loop of its own, which costs more than it brings. For bf16 on a machine that multiplies tiles: keys
+// as rows of A, interleaved values as B. That took 20 ns per key of 128 dims instead of 23 from the second
+// cache, and nothing off from memory, where all waits for what was asked for in bursts.
 
 namespace tilefold {
 namespace {
