@@ -86,7 +86,7 @@ struct Seen {
 
     bool same(const Seen& other) const {
         const auto alike = [](const auto& a, const auto& b) {
-            return memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+            return a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
         };
         return alike(entropy, other.entropy) && alike(peak, other.peak) && alike(distance, other.distance) &&
                alike(mass, other.mass) && alike(top, other.top) && alike(names, other.names) &&
