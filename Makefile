@@ -67,9 +67,9 @@ support: $(call installed,test) ## Find out what works where; writes docs/suppor
 	$(python) tests/support.py docs/support.md
 
 selftest: export TSAN_OPTIONS = halt_on_error=1
-selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined or thread under sanitizers.
+selftest: .venv/installed/tools ## Check the core without Python; SANITIZE=address,undefined or thread under sanitizers, CASES=n for fewer.
 	$(build_core)
-	$(core)/selftest
+	$(core)/selftest $(CASES)
 	$(core)/callers
 
 sanitize-python: SANITIZE = address,undefined
