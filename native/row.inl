@@ -295,14 +295,8 @@ struct Rows {
             for (int64_t k = 0; k < whole; k += W) store(s + k, exp<E>(load(s + k) - set<E>(shift[r])));
         }
         for (int r = 0; r < R; r++) sum[r] = 0;
-        // A chain that waits for itself: time to ask for values behind those that were asked for already.
-        const T* ahead = values.from(VALUES_AHEAD);
-        for (int64_t k = 0; k < keys; k++) {
-            const int64_t line = k % 8 * int64_t(64 / sizeof(T));
-            if (line < c.v_dim) __builtin_prefetch(ahead + line);
-            if (k % 8 == 7) ahead += values.row;
+        for (int64_t k = 0; k < keys; k++)
             for (int r = 0; r < R; r++) sum[r] += scores[r * keys_most + k];
-        }
         for (int r = 0; r < R; r++) {
             const E* s = scores + r * keys_most;
             B* p = weights + r * keys_most;
