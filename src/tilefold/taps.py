@@ -94,6 +94,10 @@ class Top(RowTap):
             raise ValueError(f"topk: k must be at most the number of keys, {p.kv_len}; got {self.count}")
         bytes_of(shape, np.dtype(np.int64))
         keys = np.dtype(f"i{p.accumulate.itemsize}" if as_wide else "i8")
+        if p.kv_len > np.iinfo(keys).max:
+            raise ValueError(
+                f"topk: among {p.kv_len:,} keys lists are kept of float64 scores only, or by backend='numpy'"
+            )
         return np.full(shape, -np.inf, p.accumulate), np.full(shape, -1, keys)
 
     def start(self, p: Problem, x: Operands) -> ProbeTap:
