@@ -28,6 +28,11 @@ TILEFOLD_INLINE void decode(const C* from, int64_t col, const float* scale, cons
     constexpr int W = LANES<float>;
     for (int64_t d = 0; d < width; scale += p.scale.col) {
         const int64_t end = least(d + p.group, width);
+#ifdef TILEFOLD_HAS_DECODE
+        if constexpr (__is_same(T, BFloat))
+            for (; d + 32 <= end && col == 1; d += 32)
+                _mm512_storeu_si512(to + d, decoded(from + d / C::EACH, *scale));
+#endif
         if (col == 1)
             for (; d + W <= end; d += W) narrow(to + d, widen(from + d / C::EACH) * set<float>(*scale));
         for (; d < end; d++) put(to + d, one(from[d / C::EACH * col], d % C::EACH) * *scale);
@@ -106,16 +111,6 @@ Rowed<T> bring_keys(const Call& c, const Unit& u, int64_t k0, int64_t k1, T* own
 template <class T>
 Rowed<T> bring_values(const Call& c, const Unit& u, int64_t k0, int64_t k1, T* own) {
     return bring(c, u, u.v, u.v_scale, c.v, c.v_pages, c.v_dim, k0, k1, own);
-}
-
-// Where the key row k that comes after a block lies, for asking ahead; `otherwise` where that says nothing.
-template <class T>
-const T* after(const Call& c, const Unit& u, const void* base, const Strides& s, const Pages& p, int64_t k,
-               const T* otherwise) {
-    const T* const from = static_cast<const T*>(base);
-    if (!c.page) return from + k * s.row;
-    if (is_code(c.kv_type) || k >= u.kv_len || u.table[k / c.page] < 0) return otherwise;
-    return from + u.table[k / c.page] * p.step + k % c.page * s.row;
 }
 
 // Query or output row r of a unit, in elements from its start.

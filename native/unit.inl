@@ -11,6 +11,11 @@
 #include "scores.inl"
 #include "stats.inl"
 #include "fold.inl"
+#include "ahead.inl"
+#include "row_vectors.inl"
+#ifdef TILEFOLD_HAS_TILES
+#include "row_amx.inl"
+#endif
 #include "row.inl"
 #include "replay.inl"
 #include "taps.inl"
