@@ -249,8 +249,9 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     const int64_t units = p.layout == VARLEN ? p.kv_heads : p.batch * p.kv_heads;
     const int64_t tiles = units * ceil_div(rows, k.tile_rows);
     // Tiles of a piece share each block of keys while it is near, but pieces must be many enough for everyone
-    // to be busy to the end: about eight each.
-    const int64_t together = std::clamp<int64_t>(tiles / (8 * threads), 1, k.most_rows / k.tile_rows);
+    // to be busy to the end.
+    const int64_t together =
+        std::clamp<int64_t>(tiles / (k.pieces_each * threads), 1, k.most_rows / k.tile_rows);
     s.tile_rows = std::min(up(rows, k.lanes), together * k.tile_rows);
     s.block_k = k.block_k;
     const int64_t pieces = units * ceil_div(rows, s.tile_rows), segments = ceil_div(p.kv_len, SEGMENT);
