@@ -7,8 +7,8 @@
 // broadcast fill 28 of 32 registers. Measured on an Intel core whose registers alone give 93 % of two per
 // cycle: 3 loads of B cost 1 %, the 8 broadcasts 9 %, the counting 2 %, so 82 % is what this loop can give
 // there (a wide matrix product of MKL gives 78 %). Tried on AVX-512: 16 × 2 spills, 8 × 1 waits for latency
-// (16 × 1 does not), 6 × 4 and 4 × 6 and 9 × 3 are no faster, nor is depth by twos; broadcasts inside the
-// multiply-adds are 15 % slower.
+// (16 × 1 does not), 6 × 4 and 4 × 6 and 9 × 3 are no faster, nor is depth by twos, nor asking for the next
+// strip's rows of A, one at each step; broadcasts inside the multiply-adds are 15 % slower.
 //
 // NEON has as many registers and multiplies by element, so that 8 loads of numbers take the place of the
 // broadcasts. A tile is only 12 rows there: with two multiply-adds per cycle its keys and values come from
