@@ -41,9 +41,11 @@ using Body = void (*)(void* context, int worker);
 
 constexpr std::chrono::milliseconds POLL_EVERY{50};
 
-// How long a caller that is done looks for the last worker before it sleeps. Waking up costs more than this
-// on most machines: with two items of 20 µs a region took 54 µs after 5 µs of patience and 21 µs after 20 µs.
-constexpr std::chrono::microseconds PATIENCE{20};
+// How long a caller that is done looks for the last worker before it sleeps: about what waking up costs. With
+// two items of 20 µs a region took 54 µs after 5 µs of patience and 21 µs after 20 µs; on a virtual machine,
+// where an idle processor needs some 80 µs to come back, a step of decoding took 482 µs after 20 µs of
+// patience and 454 µs after 200 µs.
+constexpr std::chrono::microseconds PATIENCE{100};
 
 // A number that threads sleep on until somebody changes it and wakes them; they may also wake for no reason.
 #if defined(__linux__)
