@@ -21,6 +21,7 @@ from ..masks import check_cu_seqlens, integer
 from ..problem import bytes_of
 from .quantised import array_type, coded, groups_of, named
 
+LINE = 64  # bytes that come from memory together
 ARRAYS = ("k", "v", "k_scale", "v_scale")  # the fields of `layouts.Stored`, as they are kept
 Memory = tuple[np.ndarray, ...]
 
@@ -106,9 +107,7 @@ class Rows:
 
     def empty(self, *lead: int) -> Memory:
         """Memory for keys and values, ``(*lead, dim)`` and ``(*lead, v_dim)``, or for codes and scales."""
-        for shape, dtype in self.kept:
-            bytes_of((*lead, *shape), dtype)
-        return tuple(np.empty((*lead, *shape), dtype) for shape, dtype in self.kept)
+        return tuple(lined((*lead, *shape), dtype) for shape, dtype in self.kept)
 
     def enter(self, k: Any, v: Any, batch: int, lengths: Any, cu_seqlens: Any) -> New:
         """New keys and values, checked."""
@@ -237,3 +236,11 @@ def shortened(lengths: Any, now: np.ndarray) -> np.ndarray:
 def bits(x: np.ndarray) -> np.ndarray:
     """The same memory as unsigned integers, which are copied as they are, and fast in any type."""
     return x.view(f"u{x.itemsize}")
+
+
+def lined(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new array that begins with a line of memory: of one that does not, each row takes one line more."""
+    size = bytes_of(shape, dtype)
+    memory = np.empty(size + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
