@@ -121,6 +121,11 @@ bfloat16 h4/1 q2 k2300 d64 causal window=1500,0
 bfloat16 h4/1 q2 k2300 d64 alibi sinks
 bfloat16 h4/2 q40 k153 d16 dense=0.3
 bfloat16 h4/1 q7 k1300 d16 tree=2 nan
+bfloat16 h8/1 q1 k700 d128
+bfloat16 h7/1 q1 k333 d80 v48 nan
+bfloat16 h3/1 q1 k61 d20 v100 order=strided
+bfloat16 h4/1 q2 k300 d64 v96 order=fortran softcap=5
+bfloat16 h4/2 q3 k1300 d96 order=bshd window=900,0
 bfloat16 h2 q300 k300 d16 documents=101,90,109 causal
 bfloat16 b2 h4/2 q300 k530 d8 bias=b11k hide=0.5 causal
 bfloat16 b9 h2 q130 k70 d16

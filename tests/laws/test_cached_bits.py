@@ -230,9 +230,13 @@ def coded_keys(length, dtype, seed=0):
     ]
 
 
-def coded_cache(dtype, way, **settings):
+def bring_types(way):
     if way["quantised"] == "float8_e4m3fn":
         pytest.importorskip("ml_dtypes", reason="float8_e4m3fn needs ml_dtypes")
+
+
+def coded_cache(dtype, way, **settings):
+    bring_types(way)
     settings = {"pages": 700, "page": 16} | settings
     return poisoned(tf.PagedKVCache(KV_HEADS, DIM, CODED_V_DIM, dtype=numpy_type(dtype), **way, **settings))
 
@@ -261,6 +265,31 @@ def test_codes_give_what_their_numbers_give(dtype, way):
         right = attend(q, *numbers, **options)
         assert_same_bits(attend(q, pages[id], **options), right, name)
         assert_same_bits(attend(q, stretch, **options), right, name)
+
+
+@pytest.mark.parametrize("way", ["int8", "float8_e4m3fn", "int4", "int8 in groups", "int4 in groups"])
+@pytest.mark.parametrize("dtype", HALVES)
+@given(
+    dim=st.sampled_from([32, 64, 96]),
+    v_dim=st.sampled_from([32, 96, 160]),
+    page=st.sampled_from([16, 24, 48]),
+    length=st.integers(1, 300),
+    q_len=st.integers(1, 4),
+    name=st.sampled_from(list(OPTIONS)),
+)
+@settings(max_examples=12)
+def test_codes_of_whole_vectors(dtype, way, dim, v_dim, page, length, q_len, name):
+    """Rows as long as vectors, which a core may decode on their way into products; groups are as long, too."""
+    way = WAYS[way] | ({"group": 32} if "group" in WAYS[way] else {})
+    bring_types(way)
+    rng = np.random.default_rng([dim, v_dim, length])
+    k, v = (rng.standard_normal((1, KV_HEADS, length, d)).astype(numpy_type(dtype)) for d in (dim, v_dim))
+    q = rng.standard_normal((1, HEADS, q_len, dim)).astype(k.dtype)
+    cache = poisoned(tf.PagedKVCache(KV_HEADS, dim, v_dim, page=page, pages=40, dtype=k.dtype, **way))
+    id = cache.open()
+    cache.append(id, k, v)
+    right = attend(q, *(meant(x, way) for x in (k, v)), **OPTIONS[name])
+    assert_same_bits(attend(q, cache[id], **OPTIONS[name]), right, name)
 
 
 @given(
