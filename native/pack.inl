@@ -30,8 +30,10 @@ TILEFOLD_INLINE void decode(const C* from, int64_t col, const float* scale, cons
         const int64_t end = least(d + p.group, width);
 #ifdef TILEFOLD_HAS_DECODE
         if constexpr (__is_same(T, BFloat))
-            for (; d + 32 <= end && col == 1; d += 32)
-                _mm512_storeu_si512(to + d, decoded(from + d / C::EACH, *scale));
+            for (; d + 32 <= end && col == 1; d += 32) {
+                const auto numbers = decoded(from + d / C::EACH, *scale);
+                memcpy(to + d, &numbers, sizeof numbers);
+            }
 #endif
         if (col == 1)
             for (; d + W <= end; d += W) narrow(to + d, widen(from + d / C::EACH) * set<float>(*scale));

@@ -49,7 +49,7 @@ struct Step {
 };
 
 // Sums of R rows, each in the order of keys: four rows at a time, or each addition would wait for the one
-// before.
+// before. Tiles leave them to this, too.
 template <class E, int R>
 struct InOrder {
     typedef float Four __attribute__((vector_size(16)));
