@@ -172,9 +172,12 @@ struct RowVectors {
     // take(d, r, sum): Σ weight · value over n keys for W dims of row r from d on. CAREFUL: of finite values.
     template <bool CAREFUL, class Take>
     TILEFOLD_INLINE void add_up(int64_t n, Requests& requests, Take&& take) {
+        const int64_t whole =
+            CAREFUL || rows.col != 1 ? 0 : c.v_dim / W * W;  // dims that lie in whole vectors
         int64_t d = 0;
-        for (; d + MOST * W <= width; d += MOST * W) dims<MOST, CAREFUL>(d, n, requests, take);
-        for (; d < width; d += W) dims<1, CAREFUL>(d, n, requests, take);
+        for (; d + MOST * W <= whole; d += MOST * W) dims<MOST, Values::WHOLE>(d, n, requests, take);
+        for (; d < whole; d += W) dims<1, Values::WHOLE>(d, n, requests, take);
+        for (; d < width; d += W) dims<1, CAREFUL ? Values::CAREFUL : Values::SOME>(d, n, requests, take);
     }
 
    private:
@@ -211,17 +214,10 @@ struct RowVectors {
         transpose<E>(x);
     }
 
-    template <int C, bool CAREFUL, class Take>
-    __attribute__((noinline)) void dims(int64_t d, int64_t n, Requests& requests, Take& take) {
-        if (!CAREFUL && rows.col == 1 && d + C * W <= c.v_dim)
-            dims<C, Values::WHOLE>(d, n, requests, take);
-        else
-            dims<C, CAREFUL ? Values::CAREFUL : Values::SOME>(d, n, requests, take);
-    }
     // How values are read: whole vectors of them, or some, or those that are not finite as 0.
     enum class Values { WHOLE, SOME, CAREFUL };
     template <int C, Values HOW, class Take>
-    TILEFOLD_INLINE void dims(int64_t d, int64_t n, Requests& requests, Take& take) {
+    __attribute__((noinline)) void dims(int64_t d, int64_t n, Requests& requests, Take& take) {
         const T* v;
         const A* p = weights;
         Vec<E> acc[R][C];
