@@ -103,6 +103,8 @@ float64 h2 q5 k1500 d33
 float64 h8/1 q3 k1100 d33 v17 causal bias=11qk hide=0.3
 float64 h2 q53 k53 d8 dense=0.02 nan
 float64 h3/1 q1 k1100 d16 window=20,0 nan
+float64 h1/1 d64 v80 documents=3 q1 k3 logits=peaked seed=94
+float64 h1/1 d64 v0 documents=5 q1 k5 logits=rising seed=93
 float16 h5/1 q40 k1100 d24 causal
 float16 h4/1 q2 k2300 d64 softcap=20
 float16 b3x2 h4/2 q100 k200 d16 causal

@@ -13,18 +13,18 @@ Results = tuple[np.ndarray, np.ndarray]
 
 
 @lru_cache(maxsize=256)  # the zoo fits
-def expected(text: str) -> tuple[Results, Results, Results, Results | tuple[None, None]]:
+def expected(text: str) -> tuple[Results, Results, list[Results], Results | tuple[None, None]]:
     """(out, lse) in a type wider than the accumulator; then the honest evaluations that set the budget, the last with
     weights rounded where kernels may."""
     case = Case.parse(text)
     acc = ROWS[case.dtype].accumulate
     a, wide = case.build(), reference_type(acc)
-    b = a.nudged(acc)
+    right = naive(a.q, a.k, a.v, **a.options, dtype=wide)
     narrow = rounds_weights(case.dtype)
     return (
-        naive(a.q, a.k, a.v, **a.options, dtype=wide),
+        right,
         naive(a.q, a.k, a.v, **a.options, dtype=acc),
-        naive(b.q, b.k, b.v, **b.options, dtype=wide),
+        [naive(b.q, b.k, b.v, **b.options, dtype=wide) for b in a.moved(acc, right[1].size)],
         (naive(a.q, a.k, a.v, **a.options, dtype=acc, weights_dtype=narrow)[0], None)
         if narrow
         else (None, None),
@@ -36,7 +36,7 @@ def judged(text: str, out: np.ndarray, lse: np.ndarray) -> list[Error]:
     dtype = Case.parse(text).dtype
     right, plain, moved, rounded = expected(text)
     return [
-        judge(name, got, (plain[i], moved[i]), right[i], to, rounded[i])
+        judge(name, got, [x[i] for x in (plain, *moved)], right[i], to, rounded[i])
         for i, (name, got, to) in enumerate((("out", out, dtype), ("lse", lse, ROWS[dtype].accumulate)))
     ]
 

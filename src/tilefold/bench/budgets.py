@@ -3,7 +3,7 @@
 The reference is `naive` in a wider type than the problem's accumulator. How far an honest implementation may be off is
 measured twice on the very same inputs: by the plain method in the accumulate type, and by the reference itself after
 every input was moved by one rounding, which shows how well-conditioned the question is (on few rows BLAS is exact by
-luck, and a sum that cancels is not); more than once where a gradient is few numbers. The budget is `FACTOR` times the
+luck, and a sum that cancels is not); more than once where a result is few numbers. The budget is `FACTOR` times the
 largest, plus one rounding to the result's type, or to the accumulate type where that is the coarser one: a gradient
 of float64 sinks has been through float32.
 """
