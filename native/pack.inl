@@ -115,6 +115,62 @@ Rowed<T> bring_values(const Call& c, const Unit& u, int64_t k0, int64_t k1, T* o
     return bring(c, u, u.v, u.v_scale, c.v, c.v_pages, c.v_dim, k0, k1, own);
 }
 
+// The keys of a unit, or its values.
+struct Side {
+    const void* base;
+    const float* scales;
+    const Strides& strides;
+    const Pages& pages;
+    int64_t width;
+};
+TILEFOLD_INLINE Side keys_of(const Call& c, const Unit& u) { return {u.k, u.k_scale, c.k, c.k_pages, c.dim}; }
+TILEFOLD_INLINE Side values_of(const Call& c, const Unit& u) {
+    return {u.v, u.v_scale, c.v, c.v_pages, c.v_dim};
+}
+
+// Rows of a block, in groups that lie one after another each.
+constexpr int64_t GROUP = 16;
+template <class T>
+struct Grouped {
+    const T* at[SEGMENT / GROUP];
+    int64_t row, col;
+    const T* from(int64_t n) const { return at[n / GROUP] + n % GROUP * row; }
+};
+
+// at(n, page, row of it) for every group of key rows k0 … k1; false where pages do not hold whole groups.
+template <class F>
+TILEFOLD_INLINE bool each_group(const Call& c, const Unit& u, int64_t k0, int64_t k1, F&& at) {
+    if (c.page % GROUP || k0 % GROUP) return false;
+    for (int64_t k = k0; k < k1; k += GROUP) {
+        const int64_t page = u.table[k / c.page];
+        if (page < 0) return false;
+        at((k - k0) / GROUP, page, k % c.page);
+    }
+    return true;
+}
+
+// Key rows k0 … k1 of a side: where they lie if each group does, else copied to `own`; so also, where they
+// must be `whole`, if their elements lie apart.
+template <class T>
+void group(const Call& c, const Unit& u, const Side& x, int64_t k0, int64_t k1, T* own, Grouped<T>& to,
+           bool whole) {
+    const Strides& s = x.strides;
+    to.row = s.row, to.col = s.col;
+    if (c.page && !is_code(c.kv_type) && (s.col == 1 || !whole) &&
+        each_group(c, u, k0, k1, [&](int64_t n, int64_t page, int64_t row) TILEFOLD_LAMBDA {
+            to.at[n] = static_cast<const T*>(x.base) + page * x.pages.step + row * s.row;
+        }))
+        return;
+    Rowed<T> rows = bring(c, u, x.base, x.scales, s, x.pages, x.width, k0, k1, own);
+    if (whole && rows.col != 1) {
+        for (int64_t k = 0; k < k1 - k0; k++)
+            for (int64_t d = 0; d < x.width; d++) own[k * x.width + d] = rows.from(k)[d * rows.col];
+        rows = {own, x.width, 1};
+    }
+    to.row = rows.row, to.col = rows.col;
+    for (int64_t k = 0; k < k1 - k0; k += GROUP) to.at[k / GROUP] = rows.from(k);
+}
+
 // Query or output row r of a unit, in elements from its start.
 TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) { return Row(r, group).at(s); }
 
