@@ -252,9 +252,11 @@ class Case:
         right = naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=wide)
         honest = [naive_grad(a.q, a.k, a.v, a.dout, a.dlse, **a.options, dtype=acc, saved=saved)]
         for b in a.moved(acc, min(g.size for g in right if g is not None)):
-            # With what was saved, too: a row that sees one value takes the difference of two sums that are one.
-            for saves in (None, saved):
-                honest.append(naive_grad(b.q, b.k, b.v, b.dout, b.dlse, **b.options, dtype=wide, saved=saves))
+            honest.append(naive_grad(b.q, b.k, b.v, b.dout, b.dlse, **b.options, dtype=wide))
+            # Few rows may all be sure of one key. Then a gradient is the difference of two sums that are one, and how
+            # exact it can be shows beside what was saved.
+            if saved[1].size < FEW:
+                honest.append(naive_grad(b.q, b.k, b.v, b.dout, b.dlse, **b.options, dtype=wide, saved=saved))
         errors = []
         for n, (name, mine, expected) in enumerate(zip(got._fields, got, right, strict=True)):
             if mine is not None and expected is not None:
