@@ -33,6 +33,7 @@ enum Bit : unsigned {
     NEON = 1 << 8,
     BF16 = 1 << 9,
     AMX = 1 << 10,
+    AVX512VBMI = 1 << 11,
 };
 
 #if defined(__x86_64__)
@@ -42,7 +43,7 @@ constexpr unsigned NEEDS_AVX512 = NEEDS_AVX2 | AVX512F | AVX512BW | AVX512DQ | A
 
 constexpr Machine machines[] = {
 #if defined(__x86_64__)
-    {"avx512_amx", NEEDS_AVX512 | AVX512BF16 | AMX, avx512_amx::kernels},
+    {"avx512_amx", NEEDS_AVX512 | AVX512BF16 | AVX512VBMI | AMX, avx512_amx::kernels},
     {"avx512_bf16", NEEDS_AVX512 | AVX512BF16, avx512_bf16::kernels},
     {"avx512", NEEDS_AVX512, avx512::kernels},
     {"avx2", NEEDS_AVX2, avx2::kernels},
@@ -62,13 +63,13 @@ bool has_f16c() {
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 
-// Tiles of bf16, in the processor and granted by the operating system, which keeps their 8 KiB out of a
-// thread's state until a process asks.
+// Tiles of bf16 and of bytes, in the processor and granted by the operating system, which keeps their 8 KiB
+// out of a thread's state until a process asks.
 bool has_amx() {
     unsigned eax, ebx, ecx, edx;
-    constexpr unsigned amx_bf16 = 1 << 22, amx_tile = 1 << 24;
+    constexpr unsigned all = 1 << 22 | 1 << 24 | 1 << 25;  // bf16, tiles, int8
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    if ((edx & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile)) return false;
+    if ((edx & all) != all) return false;
 #if defined(__linux__)
     constexpr long arch_req_xcomp_perm = 0x1023, xtiledata = 18;
     return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xtiledata) == 0;
@@ -115,6 +116,7 @@ std::span<const Feature> features() {
         {"avx512bw", AVX512BW, __builtin_cpu_supports("avx512bw") != 0},
         {"avx512dq", AVX512DQ, __builtin_cpu_supports("avx512dq") != 0},
         {"avx512vl", AVX512VL, __builtin_cpu_supports("avx512vl") != 0},
+        {"avx512vbmi", AVX512VBMI, __builtin_cpu_supports("avx512vbmi") != 0},
         {"avx512bf16", AVX512BF16, __builtin_cpu_supports("avx512bf16") != 0},
         {"amx", AMX, has_amx()},
     };

@@ -204,7 +204,8 @@ struct Tile : Lanes<K, T, NR> {
             for (E *s = scores + keys * N, *end = scores + whole * N; s < end; s += W)
                 store(s, set<E>(-INFINITE<E>));
             E* to = scores;
-            for (E *s = scores, *end = scores + whole * N; s < end; s += 2 * N, to += N)
+            for (E *s = scores, *end = scores + whole * N; s < end; s += 2 * N, to += N) {
+                if ((s - scores) % (64 * N) == 0) K::stay_awake();
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
                     const Vec<E> p = exp<E>(load(s + i * W) - less[i]);
                     const Vec<E> q = exp<E>(load(s + N + i * W) - less[i]);
@@ -212,6 +213,7 @@ struct Tile : Lanes<K, T, NR> {
                     total_of[i] += q;
                     store(to + i * W, bits_as<Vec<E>>(pair_up<U32>(p, q)));
                 });
+            }
         }
         each<NR>([&](auto i) TILEFOLD_LAMBDA { sum[i] = total_of[i]; });
     }

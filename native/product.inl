@@ -18,13 +18,15 @@ namespace tilefold {
 namespace {
 
 // How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or
-// dims per A. It takes keys in multiples of KEYS, and depth in multiples of DEPTH.
+// dims per A. It takes keys in multiples of KEYS, and depth in multiples of DEPTH. Whoever works longer
+// between products calls stay_awake() every few hundred cycles.
 struct Single {
     using E = float;
     using A = float;
     static constexpr int PAIR = 1, KEYS = 1, DEPTH = 1;
     static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F32 step(F32 acc, A a, F32 b) { return fma(a, b, acc); }
+    static TILEFOLD_INLINE void stay_awake() {}
 };
 struct Double {
     using E = double;
@@ -32,6 +34,7 @@ struct Double {
     static constexpr int PAIR = 1, KEYS = 1, DEPTH = 1;
     static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F64 step(F64 acc, A a, F64 b) { return fma(a, b, acc); }
+    static TILEFOLD_INLINE void stay_awake() {}
 };
 #ifdef TILEFOLD_HAS_DOT2
 struct Dot {
@@ -40,6 +43,7 @@ struct Dot {
     static constexpr int PAIR = 2, KEYS = 2, DEPTH = 1;
     static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F32 step(F32 acc, A a, U32 b) { return dot2(acc, set<uint32_t>(a), b); }
+    static TILEFOLD_INLINE void stay_awake() {}
 };
 #endif
 

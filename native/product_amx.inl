@@ -5,11 +5,13 @@
 //
 // Measured per 128 keys x 48 lanes at dim 64: products 0.31 us for scores and 0.28 for values, as the unit
 // allows; the vectors of softmax 1.0 us (8 to 10 cycles each, the two ports are full); and 0.7 us more when
-// the three follow one another, which stay unexplained. Tried without gain: the next rows' products before
-// this one's vectors, scores straight to their place and one pass over them there, prefetch of values and
-// accumulators during softmax, blocks of 32, 64 and 256 keys. In a loop of its own also: single steps of the
-// products of the tiles before and after woven between every two to four rows of weights, 2.6 us for 2.6 at
-// dim 64 and 3.5 for 3.8 at dim 128, too little for three tiles' scores in the first cache at once.
+// the three follow one another, of which 0.25 were the unit waking up again (stay_awake() below). That costs
+// the vectors 0.1 us; called four times as often it costs them all that it brings. Tried without gain: the
+// next rows' products before this one's vectors, scores straight to their place and one pass over them there,
+// prefetch of values and accumulators during softmax, blocks of 32, 64 and 256 keys. In a loop of its own
+// also: single steps of the products of the tiles before and after woven between every two to four rows of
+// weights, 2.6 us for 2.6 at dim 64 and 3.5 for 3.8 at dim 128, too little for three tiles' scores in the
+// first cache at once.
 
 namespace tilefold {
 namespace {
@@ -19,6 +21,10 @@ struct Amx {
     using A = uint32_t;
     static constexpr int PAIR = 2, KEYS = 32, DEPTH = 16;
     static constexpr bool IN_TILES = true;
+    // The unit that multiplies tiles goes to sleep some 0.6 us after its last product and takes 0.3 us to
+    // wake; loads and stores of tiles do not keep it up. No tile in these registers lives longer than a
+    // product of tiles takes.
+    static TILEFOLD_INLINE void stay_awake() { _tile_dpbssd(7, 4, 5); }
 };
 
 // GCC's tile loads do not tell it that they read memory: what was stored must be stored by then.

@@ -15,7 +15,7 @@ from tilefold import problem
 core = pytest.importorskip("tilefold._core", reason="tilefold was installed without its native core")
 
 # Features as Linux spells them, where that is more than one flag or another word.
-FLAGS = {"avx512bf16": ["avx512_bf16"], "amx": ["amx_tile", "amx_bf16"]}
+FLAGS = {"avx512bf16": ["avx512_bf16"], "amx": ["amx_tile", "amx_bf16", "amx_int8"]}
 
 
 def test_version():
