@@ -75,6 +75,7 @@ struct Unit {
     int64_t kv_len;
     const int64_t* table;            // where k and v lie in pages: which page is the n-th, −1 none
     const float *k_scale, *v_scale;  // of codes, of row 0 of page 0
+    bool codes;                      // are multiplied as they lie: all rows of the sequence are few
     int64_t first_row;               // the query that row 0 of spans and bits stands for
     Band band;                       // offset resolved
     const void* bias;                // null without
@@ -184,6 +185,8 @@ struct Kernels {
     int64_t (*scratch)(const Call&, int64_t rows);
     void (*tile)(const Call&, const Unit&, const Piece&, Worker&);
     void (*row)(const Call&, const Unit&, const Piece&, Worker&);
+    // The same over codes, not in the bits of their numbers; null where it would bring nothing.
+    void (*codes)(const Call&, const Unit&, const Piece&, Worker&);
     int64_t (*grad_scratch)(const Call&);
     // Adds this segment to dq, and writes its dk and dv.
     void (*grad)(const Call&, const Unit&, const GradCall&, const GradUnit&, const GradPiece&, Worker&);

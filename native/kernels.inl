@@ -37,6 +37,9 @@ constexpr Kernels kernels_of() {
     // one head of 4096 tokens up to 6 % more in vectors, for keys then come from afar more often.
     k.pieces_each = K::IN_TILES ? 16 : 8;
     k.row = fold_row<K, T>;
+#ifdef TILEFOLD_HAS_TILES
+    if constexpr (!__is_same(T, double)) k.codes = fold_codes<T>;
+#endif
     k.join = join_states<E, T>;
     k.tap = tap_weights<K, T>;
     k.tap_scratch = tap_scratch<K, T>;

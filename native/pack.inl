@@ -171,6 +171,39 @@ void group(const Call& c, const Unit& u, const Side& x, int64_t k0, int64_t k1, 
     for (int64_t k = 0; k < k1 - k0; k += GROUP) to.at[k / GROUP] = rows.from(k);
 }
 
+// Rows of codes in such groups, and the scales of each row's first dims; steps from row to row in bytes and
+// in scales.
+struct Coded {
+    const char* at[SEGMENT / GROUP];
+    const float* scale[SEGMENT / GROUP];
+    int64_t row, scale_row;
+};
+TILEFOLD_INLINE bool codes_in_place(const Call& c, const Unit& u, const Side& x, int64_t k0, int64_t k1,
+                                    Coded& to) {
+    if (x.strides.col != 1) return false;
+    const Pages& p = x.pages;
+    to.row = x.strides.row, to.scale_row = p.scale.row;
+    return each_group(c, u, k0, k1, [&](int64_t n, int64_t page, int64_t row) TILEFOLD_LAMBDA {
+        to.at[n] = static_cast<const char*>(x.base) + page * p.step + row * x.strides.row;
+        to.scale[n] = x.scales + page * p.scale_step + row * p.scale.row;
+    });
+}
+// Copies of rows with one scale each that lie in any other way. Rows of no page are 0; nobody sees them.
+inline void copy_codes(const Call& c, const Unit& u, const Side& x, int64_t bytes, int64_t k0, int64_t k1,
+                       char* own, float* scales, Coded& to) {
+    const Pages& p = x.pages;
+    to.row = bytes, to.scale_row = 1;
+    for (int64_t k = 0; k < k1 - k0; k += GROUP)
+        to.at[k / GROUP] = own + k * bytes, to.scale[k / GROUP] = scales + k;
+    each_page(c, u, k0, k1, [&](int64_t page, int64_t at, int64_t n) {
+        for (int64_t i = at; i < at + n; i++, own += bytes) {
+            *scales++ = page < 0 ? 0 : x.scales[page * p.scale_step + i * p.scale.row];
+            const char* const row = static_cast<const char*>(x.base) + page * p.step + i * x.strides.row;
+            for (int64_t b = 0; b < bytes; b++) own[b] = page < 0 ? char(0) : row[b * x.strides.col];
+        }
+    });
+}
+
 // Query or output row r of a unit, in elements from its start.
 TILEFOLD_INLINE int64_t row_at(const Strides& s, int64_t group, int64_t r) { return Row(r, group).at(s); }
 

@@ -1,7 +1,8 @@
 // Sweep one for few query rows: decoding. Arithmetic is scarce there and memory is not, so keys and values
 // are read once, in the order in which they lie, and serve all the rows (the heads that share them). What is
-// multiplied how is said in row_vectors.inl and row_amx.inl; the order of sums is that of fold.inl, to the
-// bit. Tried: asking for all that comes with a loop of its own, which costs more than it brings.
+// multiplied how is said in row_vectors.inl and row_amx.inl, where the order of sums is that of fold.inl, to
+// the bit, and in row_codes.inl, where it is not. Tried: asking for all that comes with a loop of its own,
+// which costs more than it brings.
 
 namespace tilefold {
 namespace {
@@ -17,19 +18,29 @@ template <int R>
 struct Products<Amx, BFloat, R> {
     using Type = RowTiles<R>;
 };
+// Codes as they lie, whatever the type of the queries.
+struct Codes {
+    using E = float;
+    static constexpr int KEYS = GROUP;
+};
+template <class T, int R>
+struct Products<Codes, T, R> {
+    using Type = RowCodes<R>;
+};
 #endif
 
 template <class K, class T, int R>
 struct Rows {
     using E = typename K::E;
     using M = Mask<E>;
+    using Few = typename Products<K, T, R>::Type;
     static constexpr int W = LANES<E>;
 
     const Call& c;
     const Unit& u;
     Worker& w;
     const int64_t r0, rows, pitch, width;  // of scores, and value dims in whole vectors
-    typename Products<K, T, R>::Type few;
+    Few few;
     Requests requests;
     E* scores;        // and weights, [R][pitch]
     E *part, *total;  // [R][width]
@@ -161,7 +172,7 @@ struct Rows {
         if (j0 >= j1) return;
         const Kind kind = sight.kind(c, u, r0, rows, j0, j1);
         if (kind == Kind::EMPTY) return;
-        hidden |= kind == Kind::EDGE || u.bias;
+        hidden |= kind == Kind::EDGE || u.bias || Few::SPREADS;
         E top[R], shift[R], keep[R], added[R];
         for (int r = 0; r < R; r++) top[r] = max_part[r];
         const int64_t n = j1 - j0;
@@ -257,6 +268,27 @@ void fold_rows(const Call& c, const Unit& u, const Piece& p, Worker& w) {
         Rows<K, T, FEW_ROWS>(c, u, w, p.r0, rows, a).run(p);
 }
 
+#ifdef TILEFOLD_HAS_TILES
+template <class T>
+void fold_codes(const Call& c, const Unit& u, const Piece& p, Worker& w) {
+    const TileRegisters ours;
+    Arena a{w.scratch};
+    const int64_t rows = p.r1 - p.r0;
+    if (rows <= FEW)
+        Rows<Codes, T, FEW>(c, u, w, p.r0, rows, a).run(p);
+    else
+        Rows<Codes, T, FEW_ROWS>(c, u, w, p.r0, rows, a).run(p);
+}
+template <class T>
+int64_t scratch_of_codes(const Call& c) {
+    Worker w{};
+    static const Unit u{};
+    Arena few{nullptr};
+    Rows<Codes, T, FEW_ROWS>(c, u, w, 0, 1, few);
+    return few.bytes;
+}
+#endif
+
 template <class K, class T>
 void fold_row(const Call& c, const Unit& u, const Piece& p, Worker& w) {
 #ifdef TILEFOLD_HAS_TILES
@@ -277,7 +309,12 @@ int64_t scratch_of(const Call& c, int64_t rows) {
     Arena tiles{nullptr}, few{nullptr};
     Tiles<K, T>(c, u, w, rows, tiles);
     Rows<K, T, FEW_ROWS>(c, u, w, 0, 1, few);  // the last piece of many rows may be one of few
-    return most(tiles.bytes, few.bytes);
+    int64_t bytes = most(tiles.bytes, few.bytes);
+#ifdef TILEFOLD_HAS_TILES
+    if constexpr (!__is_same(T, double))
+        if (c.kv_type == DType::int8 || c.kv_type == DType::int4) bytes = most(bytes, scratch_of_codes<T>(c));
+#endif
+    return bytes;
 }
 
 }  // namespace

@@ -13,16 +13,14 @@ namespace {
 constexpr int64_t MOST_CODES = 1024;  // dims of codes that are not copied first
 
 // Rows of a block as they lie, in groups of GROUP: bf16 numbers one after another, or codes and their scales.
-struct Laid {
+struct Laid : Coded {
     DType type;
-    const void* at[SEGMENT / GROUP];
-    const float* scale[SEGMENT / GROUP];
-    int64_t row, width, scale_row, scale_of[MOST_CODES / 32];  // the latter by 32 dims
+    int64_t width, scale_of[MOST_CODES / 32];  // the latter by 32 dims
 
     // Dims d … d + 31 of row k; 0 beyond the width.
     template <class C>
     TILEFOLD_INLINE __m512i dims(int64_t k, int64_t d) const {
-        const C* const p = static_cast<const C*>(at[k / GROUP]) + k % GROUP * row;
+        const C* const p = reinterpret_cast<const C*>(at[k / GROUP]) + k % GROUP * row;
         if constexpr (!__is_same(C, BFloat))
             return decoded(p + d / C::EACH, scale[k / GROUP][k % GROUP * scale_row + scale_of[d / 32]]);
         else if (d + 32 <= width)
@@ -102,7 +100,7 @@ __attribute__((noinline)) void multiply_keys(const Laid& keys, int64_t n, const 
         for (int64_t g = 0; g < to.count; g++) {
             const int64_t first = j + g * GROUP, some = least(GROUP, n - first);
             if (__is_same(C, BFloat) && some == GROUP && keys.width == dim) {
-                to.at[g] = static_cast<const BFloat*>(keys.at[first / GROUP]), to.row[g] = keys.row * 2;
+                to.at[g] = reinterpret_cast<const BFloat*>(keys.at[first / GROUP]), to.row[g] = keys.row * 2;
                 continue;
             }
             BFloat* const own = rows + (j / MOST % 2 * MOST + g * GROUP) * dim;
@@ -228,6 +226,7 @@ __attribute__((noinline)) void multiply_values(const Laid& values, int64_t n, co
 template <int R>
 struct RowTiles {
     static_assert(R <= 8);
+    static constexpr bool SPREADS = false;  // see RowCodes
     static constexpr int FOURS = (R + 3) / 4;
 
     const Call& c;
@@ -283,7 +282,7 @@ struct RowTiles {
                 clean[k * c.v_dim + d] = one(b) - one(b) == 0 ? b : BFloat{0};
             }
         laid.row = c.v_dim;
-        for (int64_t k = 0; k < j1 - j0; k += GROUP) laid.at[k / GROUP] = clean + k * c.v_dim;
+        for (int64_t k = 0; k < j1 - j0; k += GROUP) laid.at[k / GROUP] = bytes(clean + k * c.v_dim);
     }
     float value(int64_t k, int64_t d) const { return one(grouped.from(k)[d]); }
 
@@ -307,6 +306,7 @@ struct RowTiles {
     void weigh(float* scores, int64_t n, const float (&shift)[R], float (&sum)[R]) const {
         InOrder<float, R> total;
         for (int64_t k = 0; k < n; k += GROUP) {
+            if (k % 64 == 0) Amx::stay_awake();
             each<R>([&](auto r) TILEFOLD_LAMBDA {
                 float* const s = scores + r * pitch + k;
                 const F32 x = exp<float>(load(s) - set<float>(shift[r]));
@@ -345,22 +345,17 @@ struct RowTiles {
     // Codes where they lie, if 32 of them share a scale.
     bool lay_codes(const Side& x, int64_t j0, int64_t j1) {
         const Pages& p = x.pages;
-        if (!is_code(c.kv_type) || x.width > MOST_CODES || x.width % STEP || p.group % STEP ||
-            x.strides.col != 1)
-            return false;
-        laid.type = c.kv_type, laid.width = x.width, laid.row = x.strides.row;
-        laid.scale_row = p.scale.row;
+        if (!is_code(c.kv_type) || x.width > MOST_CODES || x.width % STEP || p.group % STEP) return false;
+        laid.type = c.kv_type, laid.width = x.width;
         for (int64_t d = 0; d < x.width; d += 32) laid.scale_of[d / 32] = d / p.group * p.scale.col;
-        return each_group(c, u, j0, j1, [&](int64_t n, int64_t page, int64_t row) TILEFOLD_LAMBDA {
-            laid.at[n] = static_cast<const char*>(x.base) + page * p.step + row * x.strides.row;
-            laid.scale[n] = x.scales + page * p.scale_step + row * p.scale.row;
-        });
+        return codes_in_place(c, u, x, j0, j1, laid);
     }
     void lay(const Side& x, int64_t j0, int64_t j1) {
         group(c, u, x, j0, j1, own, grouped, true);
         laid.type = DType::bfloat16, laid.width = x.width, laid.row = grouped.row;
-        for (int64_t k = 0; k < j1 - j0; k += GROUP) laid.at[k / GROUP] = grouped.at[k / GROUP];
+        for (int64_t k = 0; k < j1 - j0; k += GROUP) laid.at[k / GROUP] = bytes(grouped.at[k / GROUP]);
     }
+    static const char* bytes(const BFloat* p) { return reinterpret_cast<const char*>(p); }
 
     // Sixteen rows of R numbers as R vectors, four numbers at a time.
     static TILEFOLD_INLINE void turned(const float* from, F32 (&to)[R]) {

@@ -93,6 +93,7 @@ struct RowVectors {
     using E = typename K::E;
     using A = typename K::A;
     using X = typename Step<K>::X;
+    static constexpr bool SPREADS = false;  // see RowCodes
     static constexpr int W = LANES<E>, PAIR = K::PAIR;
     static constexpr int MOST = R >= 8 ? 3 : R >= 4 ? 4 : 8;  // vectors of dims of values at once
 

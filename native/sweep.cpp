@@ -35,6 +35,7 @@ struct Shape {
         Call c{};
         c.dim = p.dim, c.v_dim = p.v_dim, c.group = group, c.block_k = s.block_k;
         c.page = p.layout == PAGED;
+        c.kv_type = p.kv_dtype;
         c.taps.any = p.want & ROWS;
         c.pack_keys = k.multiple > 1;  // whether they lie in pairs is known only with the arrays
         scratch = k.scratch(c, std::min(s.tile_rows, std::max<int64_t>(q_len * group, 1)));
@@ -69,7 +70,13 @@ class Sweep : Sequences {
         const bool pairs = k.value_bytes && !k.key_bytes;
         c_.pack_keys =
             pairs && (is_code(p.kv_dtype) ? p.dim % k.multiple : strided_keys(a.k, p.dim, k.multiple));
+        codes_ = k.codes && (p.kv_dtype == DType::int8 || p.kv_dtype == DType::int4) &&
+                 !(p.want & (INVARIANT | GRAD | KEYS)) && whole(c_.k_pages, p.dim) &&
+                 whole(c_.v_pages, p.v_dim);
     }
+
+    // Whether all dims share a scale.
+    static bool whole(const Pages& p, int64_t width) { return 0 < width && width == p.group; }
 
     static bool strided_keys(const Array& k, int64_t dim, int64_t multiple) {
         const Strides s = inner(k);
@@ -164,6 +171,7 @@ class Sweep : Sequences {
         const int64_t head = n / per_unit, rest = n % per_unit;
         const int64_t tile = tiles_here - 1 - rest / segments_here;
         Unit u = unit(f, head);
+        u.codes = codes_ && f.q_len * group_ <= k_.few_rows;
         Piece piece{};
         piece.r0 = u.first_row * c_.group + tile * s_.tile_rows;
         piece.r1 = std::min(piece.r0 + s_.tile_rows, last_row(f) * c_.group);
@@ -216,7 +224,7 @@ class Sweep : Sequences {
 
     void fold_piece(const Unit& u, const Piece& piece, Worker& w) {
         if (piece.r1 - piece.r0 <= k_.few_rows && !c_.taps.any)
-            k_.row(c_, u, piece, w);
+            (u.codes ? k_.codes : k_.row)(c_, u, piece, w);
         else
             k_.tile(c_, u, piece, w);
     }
@@ -227,6 +235,7 @@ class Sweep : Sequences {
     std::vector<int64_t> ends_;  // pieces up to and with each frame
     std::vector<Slot> slots_;
     int64_t q_most_ = 0, kv_most_ = 0;
+    bool codes_;  // of sequences with few rows are multiplied as they lie
     std::atomic<int64_t> next_{0};
     char *scratch_ = nullptr, *states_ = nullptr;
     int32_t* undone_ = nullptr;

@@ -15,6 +15,7 @@
 #include "row_vectors.inl"
 #ifdef TILEFOLD_HAS_TILES
 #include "row_amx.inl"
+#include "row_codes.inl"
 #endif
 #include "row.inl"
 #include "replay.inl"

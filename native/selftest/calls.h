@@ -48,6 +48,7 @@ Kernels watch_kernels(const Kernels& kernels) {
     };
     k.tile = watch<&Kernels::tile>;
     k.row = watch<&Kernels::row>;
+    if (k.codes) k.codes = watch<&Kernels::codes>;
     k.grad_scratch = [](const Call& c) {
         return (scratch_bytes = aligned(watched->grad_scratch(c))) + GUARD;
     };

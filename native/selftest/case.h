@@ -45,6 +45,7 @@ struct Case {
     DType bias, stored;  // the latter in pages
     int64_t page;
     unsigned bias_repeats;
+    bool invariant;
 
     Case(int n, DType t) : number(n), type(t) {
         int axis = 0;
@@ -70,6 +71,7 @@ struct Case {
         lse = one(true, true, true, false);
         poison = one(false, false, true);
         stored = one(t, DType::int8, DType::float8_e4m3fn, DType::int4), page = one(1, 5, 16, 128, 1000);
+        invariant = one(false, true);
         const auto too_much = [&] {
             const double cell = double(dim + v_dim + 40) * (t == DType::float64 ? 4 : 1);
             const double work = double(batch * kv_heads * group * (q_len + 4) * (kv_len + 60)) * cell;
@@ -85,6 +87,10 @@ struct Case {
         if (stored == DType::int4) dim += dim % 2, v_dim += v_dim % 2;
     }
 
+    // Codes may be multiplied as they lie; then their numbers are not rounded to the type of the queries.
+    bool may_be_exact() const {
+        return lengths == PAGES && (stored == DType::int8 || stored == DType::int4) && !invariant;
+    }
     bool padded() const { return lengths == PADDED || lengths == PAGES; }
 
     std::string text() const {
@@ -101,7 +107,8 @@ struct Case {
         return s + (ragged[lengths] + pages) + orders[order] + bands[affine] + hidden[hides] +
                (by_head && hides ? " by head" : "") + (softcap != NO_SOFTCAP ? " softcap" : "") +
                (biased ? std::string(" bias ") + name(bias) : "") + (alibi ? " alibi" : "") +
-               (sinks ? " sinks" : "") + (poison ? " poison" : "") + (lse ? "" : " no lse");
+               (sinks ? " sinks" : "") + (poison ? " poison" : "") + (lse ? "" : " no lse") +
+               (invariant ? " invariant" : "");
     }
 };
 
@@ -117,6 +124,7 @@ struct Data {
     std::vector<Frame> frames;
     std::vector<int64_t> q_ends, kv_ends;
     Tensor q, k, v, bias, cells;
+    Tensor exact_k, exact_v;  // of codes
     Table table;
     Store k_pages, v_pages;
     std::vector<double> alibi, sinks;
@@ -139,10 +147,12 @@ struct Data {
         if (c.poison) spoil_some(random);
         if (c.lengths == PAGES) {
             table = Table(c.page, p.kv_len, kv_ends, random);
-            const auto store = [&](Tensor& x, int64_t width) {
-                return Store(x, c.stored, c.kv_heads, width, c.order, table, kv_ends, random);
+            const auto store = [&](Tensor& x, Tensor& exact, int64_t width) {
+                if (is_code(c.stored))
+                    exact = Tensor(DType::float64, shape(c.kv_heads, p.kv_len, width), PLAIN);
+                return Store(x, exact, c.stored, c.kv_heads, width, c.order, table, kv_ends, random);
             };
-            k_pages = store(k, c.dim), v_pages = store(v, c.v_dim);
+            k_pages = store(k, exact_k, c.dim), v_pages = store(v, exact_v, c.v_dim);
         }
         if (c.biased) {
             bias = Tensor(c.bias, shape(heads, p.q_len, p.kv_len), c.order, c.bias_repeats);
@@ -271,7 +281,7 @@ struct Data {
                                               {c.sinks, SINKS},
                                               {c.padded(), LENGTHS}};
         for (const auto& [yes, bit] : there) p.has = yes ? Has(p.has | bit) : p.has;
-        p.want = c.lse ? LSE : Want(0);
+        p.want = Want((c.lse ? LSE : 0) | (c.invariant ? INVARIANT : 0));
         for (int64_t n = 0; n < c.batch; n++) {
             const size_t at = size_t(n);
             Frame f{n, n, 0, 0, c.q_len, c.kv_len, 0};

@@ -1,6 +1,8 @@
 // Attention written out, the results of a call, and how far they may be from it.
 #pragma once
 
+#include <memory>
+
 #include "case.h"
 #include "guard.h"
 
@@ -58,13 +60,14 @@ struct Values {
 };
 
 // Attention written out, in R. Inputs are moved by up to `nudge` of themselves; with `short_weights` the
-// weights that values are multiplied by are rounded to bfloat16.
+// weights that values are multiplied by are rounded to bfloat16. `exact`: codes are what they stand for.
 template <class R>
-Values evaluate(const Data& x, double nudge, bool short_weights, int draw = 0) {
+Values evaluate(const Data& x, double nudge, bool short_weights, bool exact, int draw = 0) {
     Values y;
     Random random(uint64_t(x.c.number) + 77 + uint64_t(draw) * 1000003);
     const auto moved = [&](double v) { return R(v) * R(1 + nudge * random.between(-1, 1)); };
     const int64_t dim = x.p.dim, v_dim = x.p.v_dim;
+    const Tensor &keys = exact ? x.exact_k : x.k, &values = exact ? x.exact_v : x.v;
     std::vector<R> q, k, v, s, acc;
     std::vector<char> seen;
     for (const Frame& f : x.frames)
@@ -73,8 +76,8 @@ Values evaluate(const Data& x, double nudge, bool short_weights, int draw = 0) {
                 const int64_t h = head / x.c.group;
                 k.clear(), v.clear();
                 for (int64_t j = f.k0; j < f.k0 + f.kv_len; j++) {
-                    for (int64_t d = 0; d < dim; d++) k.push_back(moved(x.k.get(f.item, h, j, d)));
-                    for (int64_t d = 0; d < v_dim; d++) v.push_back(moved(x.v.get(f.item, h, j, d)));
+                    for (int64_t d = 0; d < dim; d++) k.push_back(moved(keys.get(f.item, h, j, d)));
+                    for (int64_t d = 0; d < v_dim; d++) v.push_back(moved(values.get(f.item, h, j, d)));
                 }
             }
             const size_t per_head = size_t(f.item * x.p.heads + head);
@@ -142,17 +145,20 @@ bool is_wide(const Data& x) { return x.c.type == DType::float64 && !RUNNING_ON_V
 // plain method in the accumulate type; the definition on inputs that moved by a rounding), plus one rounding.
 struct Expected {
     Values right;
-    Wide out[2], lse;  // by whether weights are rounded to bfloat16
+    Wide out[2], lse;                 // by whether weights are rounded to bfloat16
+    std::unique_ptr<Expected> exact;  // of codes that may be multiplied as they lie
 
-    explicit Expected(const Data& x) {
+    explicit Expected(const Data& x, bool is_exact = false) {
+        if (x.c.may_be_exact() && !is_exact) exact = std::make_unique<Expected>(x, true);
         const bool wide = is_wide(x);
-        right = wide ? evaluate<Wide>(x, 0, false) : evaluate<double>(x, 0, false);
+        right = wide ? evaluate<Wide>(x, 0, false, is_exact) : evaluate<double>(x, 0, false, is_exact);
         const double step = 2 * roundoff(x.p.acc_dtype);
-        const Values moved = wide ? evaluate<Wide>(x, step, false) : evaluate<double>(x, step, false);
+        const Values moved =
+            wide ? evaluate<Wide>(x, step, false, is_exact) : evaluate<double>(x, step, false, is_exact);
         for (bool rounds : {false, true}) {
             if (rounds && x.c.type != DType::bfloat16) break;
-            const Values plain =
-                x.c.type == DType::float64 ? evaluate<double>(x, 0, false) : evaluate<float>(x, 0, rounds);
+            const Values plain = x.c.type == DType::float64 ? evaluate<double>(x, 0, false, is_exact)
+                                                            : evaluate<float>(x, 0, rounds, is_exact);
             out[rounds] = 8 * std::max(error(plain.out, right.out), error(moved.out, right.out)) +
                           Wide(roundoff(x.c.type)) * largest(right.out);
             if (!rounds)
@@ -162,7 +168,7 @@ struct Expected {
         // Where right results are no wider than what they judge, the plain method shows no error at all: then
         // inputs are moved more often, lest one draw be a lucky one.
         for (int draw = 1; x.c.type == DType::float64 && !wide && draw < 8; draw++) {
-            const Values again = evaluate<double>(x, step, false, draw);
+            const Values again = evaluate<double>(x, step, false, is_exact, draw);
             out[0] = std::max(
                 out[0], 8 * error(again.out, right.out) + Wide(roundoff(x.c.type)) * largest(right.out));
             lse = std::max(
@@ -183,7 +189,8 @@ struct Expected {
             return e == 0 ? 0 : allowed > 0 ? double(e / allowed) : INF;
         };
         const double o = of(error(got.out, right.out), out[rounds]);
-        return r.has_lse ? std::max(o, of(error(got.lse, right.lse), lse)) : o;
+        const double most = r.has_lse ? std::max(o, of(error(got.lse, right.lse), lse)) : o;
+        return exact ? std::min(most, exact->share(x, r, rounds)) : most;
     }
 };
 }  // namespace

@@ -45,9 +45,10 @@ struct Store {
 
     Store() = default;
     // The rows of `dense` (batch, heads, kv_len, width). Codes are random, and `dense` becomes what they
-    // stand for; a row that begins with NaN has NaN scales.
-    Store(Tensor& dense, DType stored, int64_t heads, int64_t width, Order order, const Table& t,
-          const std::vector<int64_t>& ends, Random& random) {
+    // stand for, rounded to its type, and `exact` the same unrounded; a row that begins with NaN has NaN
+    // scales.
+    Store(Tensor& dense, Tensor& exact, DType stored, int64_t heads, int64_t width, Order order,
+          const Table& t, const std::vector<int64_t>& ends, Random& random) {
         const int64_t each = stored == DType::int4 ? 2 : 1;
         rows = Tensor(stored, {t.pages, heads, t.page, width / each}, order);
         const auto every = [&](auto&& f) {
@@ -78,6 +79,7 @@ struct Store {
                     number_of_code(stored, uint8_t(*rows.at(page, h, j % t.page, d / each)), d % each);
                 const double scale = scales.get(page, h, j % t.page, d / (width / groups));
                 dense.set(n, h, j, d, double(float(x * scale)));
+                exact.set(n, h, j, d, x * scale);
             }
         });
     }

@@ -90,7 +90,8 @@ def attention(
         return_lse: also return the log-sum-exp of the scores ``(..., Hq, Sq)`` in the accumulate type.
         probes: statistics of the weights, as of `probe`; the result is then ``(out, lse, seen)``.
         out: array to write to; q's shape (with Dv), type, no memory shared with an input.
-        invariant: demand the same bits for a row whatever the shape around it; refused by backends that cannot.
+        invariant: demand the same bits for a row whatever the shape around it; refused by backends that cannot. The
+            native core does so in any case, but for few rows over int8 and int4 on some machines, where it is slower.
         backend: "auto", or the name of one that must do it.
         plan: a plan from `explain` to use again.
 

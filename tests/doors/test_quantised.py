@@ -117,8 +117,8 @@ def test_a_scale_for_a_page_is_one_for_a_long_row(kind):
     codes = codes.reshape(3, 2, 5, -1)
     right = dequantise(codes, np.repeat(scales[..., None], 5, axis=-1))
     cache = Cache(codes, codes, np.array([1]), np.array([[2]]), k_scale=scales, v_scale=scales)
-    out = tf.attention(np.ones((1, 2, 1, 8), np.float32), cache)  # one key: its value
-    assert_same_bits(out, right[2:, :, :1])
+    out = tf.attention(np.ones((1, 2, 9, 8), np.float32), cache)  # one key: its value
+    assert_same_bits(out, np.repeat(right[2:, :, :1], 9, axis=2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,8 +2,12 @@
 
 Not the size or order of pages, nor who shares them, nor how rows were appended, nor what else is in the memory: here
 that is NaN wherever no sequence has a row. A cache of codes gives what arrays of the numbers give that each row alone
-becomes. Nothing here has a tolerance. This is the native core's promise.
+becomes, where `invariant` asks for that, and few rows their own bits anywhere. Nothing here has a tolerance. This is
+the native core's promise.
 """
+
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +245,11 @@ def coded_cache(dtype, way, **settings):
     return poisoned(tf.PagedKVCache(KV_HEADS, DIM, CODED_V_DIM, dtype=numpy_type(dtype), **way, **settings))
 
 
+def attend_numbers(*args, **options):
+    """Attention in the bits of what codes stand for, which few rows have where they are asked for."""
+    return attend(*args, invariant=True, **options)
+
+
 def meant(x, way):
     """The numbers that rows stand for once they are codes, each row quantised alone."""
     rows = x.reshape(-1, 1, x.shape[-1])
@@ -263,8 +272,8 @@ def test_codes_give_what_their_numbers_give(dtype, way):
         append_in_parts(append, k, v, [1, 15, 1, 100, 3])
     for name, options in OPTIONS.items():
         right = attend(q, *numbers, **options)
-        assert_same_bits(attend(q, pages[id], **options), right, name)
-        assert_same_bits(attend(q, stretch, **options), right, name)
+        assert_same_bits(attend_numbers(q, pages[id], **options), right, name)
+        assert_same_bits(attend_numbers(q, stretch, **options), right, name)
 
 
 @pytest.mark.parametrize("way", ["int8", "float8_e4m3fn", "int4", "int8 in groups", "int4 in groups"])
@@ -289,7 +298,7 @@ def test_codes_of_whole_vectors(dtype, way, dim, v_dim, page, length, q_len, nam
     id = cache.open()
     cache.append(id, k, v)
     right = attend(q, *(meant(x, way) for x in (k, v)), **OPTIONS[name])
-    assert_same_bits(attend(q, cache[id], **OPTIONS[name]), right, name)
+    assert_same_bits(attend_numbers(q, cache[id], **OPTIONS[name]), right, name)
 
 
 @given(
@@ -318,12 +327,46 @@ def test_codes_in_any_page_of_any_fork(page, length, q_len, sizes, forked, name,
     cache.truncate(id, length)
     numbers = [meant(x, WAYS[way]) for x in (k, v)]
     right = attend(q, *numbers, **OPTIONS[name])
-    assert_same_bits(attend(q, cache[id], **OPTIONS[name]), right)
-    beside, _ = attend(np.concatenate([q, q]), cache[first, id], **OPTIONS[name])
+    assert_same_bits(attend_numbers(q, cache[id], **OPTIONS[name]), right)
+    beside, _ = attend_numbers(np.concatenate([q, q]), cache[first, id], **OPTIONS[name])
     assert_same_bits(beside[1:], right[0])
     cache.free(first)
     cache.append(cache.open(), *(np.full_like(x, 1e4) for x in (k, v)))  # in the pages that came back
+    assert_same_bits(attend_numbers(q, cache[id], **OPTIONS[name]), right)
+
+
+@given(
+    page=st.sampled_from([1, 7, 16, 24, 100]),
+    length=st.integers(1, 150),
+    dim=st.sampled_from([24, 64, 128, 130]),
+    sizes=st.lists(st.integers(1, 60), max_size=5),
+    name=st.sampled_from(list(OPTIONS)),
+    way=st.sampled_from(["int8", "int4"]),
+    dtype=st.sampled_from(HALVES),
+)
+@settings(max_examples=40)
+def test_a_token_over_codes_has_its_bits_anywhere(page, length, dim, sizes, name, way, dtype):
+    """One query, as calls decode: in pages, in one stretch, forked, beside others, restored."""
+    rng = np.random.default_rng([dim, length])
+    k, v = (rng.standard_normal((1, KV_HEADS, length, d)).astype(numpy_type(dtype)) for d in (dim, dim + 6))
+    q = rng.standard_normal((1, HEADS, 1, dim)).astype(k.dtype)
+    stretch = poisoned(tf.KVCache(1, KV_HEADS, dim, dim + 6, capacity=length, dtype=k.dtype, **WAYS[way]))
+    stretch.append(k, v)
+    right = attend(q, stretch, **OPTIONS[name])
+    cache = poisoned(
+        tf.PagedKVCache(KV_HEADS, dim, dim + 6, page=page, pages=500, dtype=k.dtype, **WAYS[way])
+    )
+    first = cache.open()
+    append_in_parts(lambda *rows: cache.append(first, *rows), k, v, sizes)
+    id = cache.fork(first)
+    cache.append(first, k, v)
     assert_same_bits(attend(q, cache[id], **OPTIONS[name]), right)
+    out, lse = attend(np.concatenate([q, q, q]), cache[first, id, first], **OPTIONS[name])
+    assert_same_bits((out[1:2], lse[1:2]), right)
+    with tempfile.TemporaryDirectory() as place:
+        cache.snapshot(Path(place) / "cache")
+        again = tf.PagedKVCache.restore(Path(place) / "cache")
+    assert_same_bits(attend(q, again[id], **OPTIONS[name]), right)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -333,7 +376,7 @@ def test_a_restored_cache_of_codes_goes_on_with_the_same_bits(way, tmp_path):
     pages = coded_cache("bfloat16", way)
     id = pages.open()
     stretch = tf.KVCache(1, KV_HEADS, DIM, CODED_V_DIM, dtype=k.dtype, **way)
-    right = attend(q, *(meant(x, way) for x in (k, v)), causal=True)
+    right = attend_numbers(q, *(meant(x, way) for x in (k, v)), causal=True)
     for whole, append in (
         (pages, lambda c: lambda *rows: c.append(id, *rows)),
         (stretch, lambda c: c.append),
@@ -342,7 +385,7 @@ def test_a_restored_cache_of_codes_goes_on_with_the_same_bits(way, tmp_path):
         whole.snapshot(tmp_path / "cache")
         again = type(whole).restore(tmp_path / "cache")
         append(again)(k[:, :, 50:], v[:, :, 50:])
-        assert_same_bits(attend(q, again if whole is stretch else again[id], causal=True), right)
+        assert_same_bits(attend_numbers(q, again if whole is stretch else again[id], causal=True), right)
 
 
 # ---- packed queries --------------------------------------------------------------------------------------------

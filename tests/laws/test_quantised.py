@@ -1,5 +1,6 @@
-"""Attention over codes is attention over the numbers that they stand for: the same bits on the native core, within the
-budget on NumPy, whatever the types, the pages, the rows and the mask. Unused rows hold NaN scales, which reach nothing.
+"""Attention over codes is attention over the numbers that they stand for, whatever the types, the pages, the rows and
+the mask: the same bits on the native core where `invariant` asks for them; else, and on NumPy, within the budget.
+Unused rows hold NaN scales, which reach nothing.
 
 What a code stands for is computed here, code by code in double precision, without the library.
 """
@@ -57,10 +58,14 @@ def meant(kind: str) -> np.ndarray:
 
 
 def numbers(codes: np.ndarray, scales: np.ndarray, kind: str, dtype: str) -> np.ndarray:
-    """Codes ``(..., n)`` times scales ``(..., groups)``: exact in double, then rounded to float32, then to `dtype`."""
+    """Codes ``(..., n)`` times scales ``(..., groups)``: rounded to float32, then to `dtype`."""
+    return exact_numbers(codes, scales, kind).astype(np.float32).astype(numpy_type(dtype))
+
+
+def exact_numbers(codes: np.ndarray, scales: np.ndarray, kind: str) -> np.ndarray:
+    """The same as they are, in double."""
     exact = meant(kind)[codes.view(np.uint8)].reshape(*codes.shape[:-1], -1)
-    exact = exact * np.repeat(scales.astype(float), exact.shape[-1] // scales.shape[-1], axis=-1)
-    return exact.astype(np.float32).astype(numpy_type(dtype))
+    return exact * np.repeat(scales.astype(float), exact.shape[-1] // scales.shape[-1], axis=-1)
 
 
 def numpy_type(name: str) -> np.dtype:
@@ -89,6 +94,7 @@ class Twins:
     cache: Cache
     k: np.ndarray
     v: np.ndarray
+    exact: list[np.ndarray]  # k and v before they were rounded
     lengths: np.ndarray
 
     @classmethod
@@ -105,7 +111,7 @@ class Twins:
             for n, number in enumerate(row):
                 holds[number, : max(length - n * page, 0)] = True
             row[-(-length // page) :] = -1
-        stored, dense = [], []
+        stored, dense, exact = [], [], []
         for width in (dim, v_dim):
             codes = random_codes(rng, (pages, kv_heads, page, width), kind)
             scales = scales_of(rng, (pages, kv_heads, page), each, width // 16)
@@ -115,20 +121,28 @@ class Twins:
                 np.moveaxis(scales, 1, 2)[~holds] = np.nan
             of_rows = scales.reshape(*scales.shape, *[1] * (4 - scales.ndim))
             of_rows = np.broadcast_to(of_rows, (pages, kv_heads, page, of_rows.shape[-1]))
-            rows = numbers(codes, of_rows, kind, dtype)[np.maximum(table, 0)]
-            dense.append(rows.swapaxes(1, 2).reshape(len(LENGTHS), kv_heads, -1, width))
+            for to, all_rows in (
+                (dense, numbers(codes, of_rows, kind, dtype)),
+                (exact, exact_numbers(codes, of_rows, kind)),
+            ):
+                rows = all_rows[np.maximum(table, 0)]
+                to.append(rows.swapaxes(1, 2).reshape(len(LENGTHS), kv_heads, -1, width))
             stored += [codes, scales]
         lengths = np.array(LENGTHS)
         q = rng.standard_normal((len(LENGTHS), heads, q_len, dim)).astype(numpy_type(dtype))
         k, k_scale, v, v_scale = stored
         return cls(
-            q, Cache(Stored(k, v, lengths, table, None, k_scale=k_scale, v_scale=v_scale)), *dense, lengths
+            q,
+            Cache(Stored(k, v, lengths, table, None, k_scale=k_scale, v_scale=v_scale)),
+            *dense,
+            exact,
+            lengths,
         )
 
     def both(self, **options: Any) -> tuple[Any, Any]:
-        """(out, lse) over codes and over numbers."""
+        """(out, lse) over codes, in the bits of numbers, and over numbers."""
         return (
-            tf.attention(self.q, self.cache, return_lse=True, **options),
+            tf.attention(self.q, self.cache, return_lse=True, invariant=True, **options),
             tf.attention(self.q, self.k, self.v, kv_lengths=self.lengths, return_lse=True, **options),
         )
 
@@ -181,7 +195,7 @@ def test_every_code(dtype, kind):
             Stored(codes, codes, np.ones(256, int), np.arange(256)[:, None], k_scale=scale * 0, v_scale=scale)
         )
         q = np.zeros((256, 1, 1, dim), numpy_type(dtype))
-        out = tf.attention(q, cache, backend="native")
+        out = tf.attention(q, cache, backend="native", invariant=True)
         right = numbers(codes, scale[..., None], kind, dtype)
         spoilt = np.isnan(right)
         assert np.isnan(out[spoilt]).all() and (out[~spoilt] == right[~spoilt]).all(), width
@@ -189,14 +203,16 @@ def test_every_code(dtype, kind):
 
 @native
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_strides(kind):
+@pytest.mark.parametrize("each", ["row", "page", "group"])
+def test_any_strides(kind, each):
     """Codes and scales reversed, in other orders of axes and with gaps."""
-    twins = Twins.made(kind, "float32", 5, 3, "group")
+    twins = Twins.made(kind, "float32", 16, 3, each)
     held = twins.cache.held
     right = tf.attention(twins.q, twins.cache, return_lse=True, backend="native")
     for order in ((0, 1, 2, 3), (2, 0, 1, 3), (3, 1, 0, 2)):
         for step in (1, -1, 3):
-            moved = [_laid(x, order, step) for x in (held.k, held.v, held.k_scale, held.v_scale)]
+            axes = {4: order, 3: tuple(a for a in order if a < 3), 2: (0, 1)}
+            moved = [_laid(x, axes[x.ndim], step) for x in (held.k, held.v, held.k_scale, held.v_scale)]
             cache = Cache(Stored(*moved[:2], held.lengths, held.table, k_scale=moved[2], v_scale=moved[3]))
             assert_same_bits(
                 tf.attention(twins.q, cache, return_lse=True, backend="native"), right, f"{order} {step}"
@@ -215,8 +231,10 @@ def _laid(x: np.ndarray, order: tuple[int, ...], step: int) -> np.ndarray:
 
 
 @native
-def test_plans_threads_and_splits_change_nothing():
-    twins = Twins.made("int8", "bfloat16", 16, 40)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("q_len", [1, 4, 40])
+def test_plans_threads_and_splits_change_nothing(q_len, kind):
+    twins = Twins.made(kind, "bfloat16", 16, q_len)
     plan = tf.explain(twins.q, twins.cache, return_lse=True, backend="native").plan
     right = tf.attention(twins.q, twins.cache, return_lse=True, backend="native")
     for changes in ({"block_q": 1}, {"block_q": 8, "workers": 3}, {"splits": 2, "workers": 2}):
@@ -224,23 +242,100 @@ def test_plans_threads_and_splits_change_nothing():
         assert_same_bits(tf.attention(twins.q, twins.cache, return_lse=True, plan=other), right, changes)
 
 
+def judge_attention(
+    got: Any, twins: Twins, kv: list[np.ndarray], dtype: str, options: Any, name: str
+) -> None:
+    """(out, lse) against the plain method over the numbers `kv`."""
+    acc, narrow = ROWS[dtype].accumulate, rounds_weights(dtype)
+    options = options | {"kv_lengths": twins.lengths}
+    right = naive(twins.q.astype(float), *(x.astype(float) for x in kv), **options, dtype=np.float64)
+    arrays = [x.astype(np.float32) for x in (twins.q, *kv)]
+    plain = naive(*arrays, **options, dtype=acc)
+    rounded = naive(*arrays, **options, dtype=acc, weights_dtype=narrow)[0] if narrow else None
+    for what, x, y, z, to in zip(("out", "lse"), got, plain, right, (dtype, acc), strict=True):
+        error = judge(what, x, [y], z, to, rounded if what == "out" else None)
+        assert error.ok, f"{name}: {error}"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_numpy_is_within_the_budget(dtype, kind):
-    acc = ROWS[dtype].accumulate
     for page, q_len, each in ((1, 1, "row"), (16, 40, "group"), (80, 3, "page")):
         twins = Twins.made(kind, dtype, page, q_len, each)
         for name, options in MASKS.items():
             got = tf.attention(twins.q, twins.cache, return_lse=True, backend="numpy", **options)
-            options = options | {"kv_lengths": twins.lengths}
-            arrays = twins.q, twins.k, twins.v
-            right = naive(*arrays, **options, dtype=np.float64)
-            plain = naive(*arrays, **options, dtype=acc)
-            narrow = rounds_weights(dtype)
-            rounded = naive(*arrays, **options, dtype=acc, weights_dtype=narrow)[0] if narrow else None
-            for what, x, y, z, to in zip(("out", "lse"), got, plain, right, (dtype, acc), strict=True):
-                error = judge(what, x, [y], z, to, rounded if what == "out" else None)
-                assert error.ok, f"{name}, page {page}, {q_len} rows: {error}"
+            judge_attention(got, twins, [twins.k, twins.v], dtype, options, f"{name}, {page}, {q_len} rows")
+
+
+def multiplies_codes(twins: Twins) -> bool:
+    """Whether this machine folds these few rows in other bits than those of numbers."""
+    got = [
+        tf.attention(twins.q, twins.cache, backend="native", return_lse=True, invariant=x)[1]
+        for x in (False, True)
+    ]
+    return not np.array_equal(*got)
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_few_rows_are_within_the_budget(dtype, kind):
+    """Where codes are multiplied as they lie their numbers are not rounded to the type of the queries."""
+    for page, q_len, heads, kv_heads, dim, v_dim, each in (
+        (16, 1, 4, 2, 64, 48, "row"), (5, 2, 4, 1, 128, 160, "row"), (16, 1, 8, 1, 130, 66, "page"),
+        (80, 3, 2, 2, 32, 256, "row"), (7, 1, 5, 5, 20, 8, "page"), (48, 2, 6, 2, 64, 64, "group"),
+    ):  # fmt: skip
+        twins = Twins.made(kind, dtype, page, q_len, each, heads, kv_heads, dim, v_dim)
+        kv = twins.exact if multiplies_codes(twins) else [twins.k, twins.v]
+        for name, options in MASKS.items():
+            if len(options.get("sinks", options.get("alibi", [0] * heads))) != heads:
+                continue
+            got = tf.attention(twins.q, twins.cache, return_lse=True, backend="native", **options)
+            judge_attention(got, twins, kv, dtype, options, f"{name}, page {page}, {q_len} rows of {dim}")
+
+
+@native
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_numbers_of_any_size(dtype, kind):
+    """Rows from tiny to huge, and keys of which one outweighs all others, in one block."""
+    rng = np.random.default_rng(7)
+    twins = Twins.made(kind, dtype, 16, 1)
+    held = twins.cache.held
+    for scales, least, most in ((held.k_scale, -9, 2), (held.v_scale, -20, 8)):
+        scales *= (2.0 ** rng.uniform(least, most, scales.shape)).astype(np.float32)
+    k, v = (
+        exact_numbers(codes, scales[..., None], kind)[np.maximum(held.table, 0)].swapaxes(1, 2)
+        for codes, scales in ((held.k, held.k_scale), (held.v, held.v_scale))
+    )
+    twins.exact = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (k, v)]
+    kv = [x.astype(np.float32).astype(twins.q.dtype) for x in twins.exact]
+    kv = twins.exact if multiplies_codes(twins) else kv
+    got = tf.attention(twins.q, twins.cache, return_lse=True, backend="native")
+    judge_attention(got, twins, kv, dtype, {}, "any size")
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_spoils_no_other(kind):
+    """Queries, and scales of keys and of values, of NaN and infinity: few rows, of which the others keep their bits."""
+    for spoilt in ("q", "k_scale", "v_scale"):
+        for what in (np.nan, np.inf):
+            twins = Twins.made(kind, "float32", 16, 4)
+            clean = tf.attention(twins.q, twins.cache, causal=True, backend="native")
+            held = twins.cache.held
+            if spoilt == "q":
+                twins.q[0, 1, 2, 5] = what
+            else:
+                getattr(held, spoilt)[held.table[0, 4], 0, 73 % 16] = what  # of the last key but one
+            out = tf.attention(twins.q, twins.cache, causal=True, backend="native")
+            other = tf.attention(twins.q, twins.cache, causal=True, backend="native", invariant=True)
+            odd = ~np.isfinite(out)
+            assert (odd == ~np.isfinite(other)).all(), (spoilt, what)
+            sees = np.zeros(out.shape[:3], bool)
+            sees[0, 1 if spoilt == "q" else slice(2), 2 : 3 if spoilt == "q" else None] = True
+            assert odd.any() and not odd[~sees].any(), (spoilt, what)
+            assert_same_bits(out[~sees], clean[~sees], (spoilt, what))
 
 
 @pytest.mark.parametrize("backend", ["native", "numpy"])
@@ -253,7 +348,8 @@ def test_a_cache_without_a_table_is_a_page_per_sequence(backend, request):
     (k_codes, k_scale), (v_codes, v_scale) = quantise(k, "int8"), quantise(v, "int8", group=16)
     lengths = np.array([33, 9])
     cache = Cache(Stored(k_codes, v_codes, lengths, k_scale=k_scale, v_scale=v_scale))
-    got = tf.attention(q, cache, causal=True, return_lse=True, backend=backend)
+    exactly = {"invariant": True} if backend == "native" else {}
+    got = tf.attention(q, cache, causal=True, return_lse=True, backend=backend, **exactly)
     dense = dequantise(k_codes, k_scale), dequantise(v_codes, v_scale)
     right = tf.attention(q, *dense, causal=True, kv_lengths=lengths, return_lse=True, backend=backend)
     assert_same_bits(got, right)

@@ -1,9 +1,9 @@
 """Keys and values in a quarter or an eighth of their bytes: numbers become codes, and codes numbers again.
 
 Each row, or group of its neighbouring dims, has one float32 scale, so that its largest number has the largest code; 0
-is 0, and nothing is shifted. The fact to know: attention over codes has the bits of attention over what `dequantise`
-gives, so all that quantising costs is decided here. Codes, too, are never dequantised as a whole: the native core
-decodes a block of keys when it comes to it.
+is 0, and nothing is shifted. The fact to know: attention over codes is attention over what `dequantise` gives, to the
+bit where a call is `invariant`, so all that quantising costs is decided here. Codes are never dequantised as a whole:
+the native core decodes a block of keys when it comes to it, or multiplies codes as they lie.
 
 `KVCache` and `PagedKVCache` do so to what is appended where they are made with ``quantised=``. Any other object whose
 method `stored` gives `layouts.Stored` with `k_scale` and `v_scale` is a cache of codes too: it writes ``quantise(rows,
@@ -70,7 +70,7 @@ def coded(
 
 
 def dequantise(codes: Any, scales: Any, dtype: Any = "float32") -> Any:
-    """The numbers that codes stand for: what attention computes with where queries have the type `dtype`.
+    """The numbers that codes stand for, as attention rounds them where queries have the type `dtype`.
 
     `codes` and `scales` are as `quantise` gives them; the result has the kind of `codes`. Products are rounded to
     float32 and then to `dtype`, which is float16, bfloat16 or float32.
