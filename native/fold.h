@@ -177,6 +177,7 @@ struct Kernels {
     int most_rows;    // query rows in a piece at most
     int few_rows;     // up to so many query rows `row` is the faster one
     int pieces_each;  // so many pieces for each worker are enough, where tiles are many
+    double reading;   // time that a piece takes to read keys and values, in tiles; 0 where it hardly counts
     int block_k;      // keys per block
     int element;      // bytes of an accumulator element
     int key_bytes;    // bytes of a packed key's element, 0 where keys are read where they lie

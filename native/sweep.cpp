@@ -250,6 +250,24 @@ double keys_seen(const Problem& p) {
     return std::min(most, double(p.band.left) + double(p.band.right) + double(p.q_len));
 }
 
+// Whether all rows see as many keys.
+bool alike(const Problem& p) {
+    return p.band.right >= UNLIMITED && p.band.left >= UNLIMITED && p.layout != VARLEN && !(p.has & SPANS) &&
+           (p.batch == 1 || !(p.has & LENGTHS));
+}
+
+// How many tiles a piece of such rows best has, where each unit has `tiles`: the busiest worker has its
+// number of pieces, and reads keys for each.
+int64_t best_together(int64_t units, int64_t tiles, int threads, const Kernels& k) {
+    int64_t best = 1;
+    double least = 0;
+    for (int64_t n = 1; n <= std::min<int64_t>(tiles, k.most_rows / k.tile_rows); n++) {
+        const double takes = double(ceil_div(units * ceil_div(tiles, n), threads)) * (double(n) + k.reading);
+        if (n == 1 || takes < least) best = n, least = takes;
+    }
+    return best;
+}
+
 }  // namespace
 
 Settings plan(const Problem& p, const Kernels& k, int threads) {
@@ -260,7 +278,9 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     // Tiles of a piece share each block of keys while it is near, but pieces must be many enough for everyone
     // to be busy to the end.
     const int64_t together =
-        std::clamp<int64_t>(tiles / (k.pieces_each * threads), 1, k.most_rows / k.tile_rows);
+        k.reading > 0 && alike(p)
+            ? best_together(units, ceil_div(rows, k.tile_rows), threads, k)
+            : std::clamp<int64_t>(tiles / (k.pieces_each * threads), 1, k.most_rows / k.tile_rows);
     s.tile_rows = std::min(up(rows, k.lanes), together * k.tile_rows);
     s.block_k = k.block_k;
     const int64_t pieces = units * ceil_div(rows, s.tile_rows), segments = ceil_div(p.kv_len, SEGMENT);
@@ -282,7 +302,8 @@ Settings resized(const Problem& p, const Kernels& k, Settings s) {
     for (int64_t before = -1; before != s.tile_rows;) {
         before = s.tile_rows;
         s.tile_rows = std::clamp<int64_t>(up(before, group), 1, k.most_rows);
-        if (s.tile_rows > k.tile_rows)  // whole tiles, the nearest number of them
+        if (s.tile_rows > k.tile_rows &&
+            s.tile_rows < up(rows, k.lanes))  // the nearest number of whole tiles
             s.tile_rows = (s.tile_rows + k.tile_rows / 2) / k.tile_rows * k.tile_rows;
         s.tile_rows = std::min(s.tile_rows, up(rows, k.lanes));
     }

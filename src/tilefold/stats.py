@@ -85,16 +85,16 @@ class OnlineStats:
         top = np.maximum(self.max_val, other.max_val)
         shift = np.where(np.isneginf(top), top.dtype.type(0), top)
         a, b = np.exp(self.max_val - shift), np.exp(other.max_val - shift)
-        return OnlineStats(
-            top,
-            a * self.sum_exp + b * other.sum_exp,
-            self._weighted(a) + other._weighted(b),
-        )
+        output = self._weighted(a)
+        output += other._weighted(b)
+        return OnlineStats(top, a * self.sum_exp + b * other.sum_exp, output)
 
     def _weighted(self, factor: np.ndarray) -> np.ndarray:
         """The accumulator times a factor per row; that of an empty row counts as 0, whatever it holds."""
         weighted: np.ndarray = factor[..., None] * self.output
-        return np.where(np.isneginf(self.max_val)[..., None], factor.dtype.type(0), weighted)
+        if (empty := np.isneginf(self.max_val)).any():
+            weighted[np.broadcast_to(empty, factor.shape)] = 0
+        return weighted
 
     def finalize(self, *, work: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """``(out, lse)``: the weighted mean of the values and the log-sum-exp. An empty row gives 0 and -inf."""
