@@ -7,7 +7,7 @@ TEST_EXTRAS ?= test
 MODEL_EXTRAS := cli,transformers
 BROWSER_EXTRAS := cli,transformers,browser
 SECONDS ?= 60
-TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py tests/laws/test_probes.py
+TESTS ?= tests/faults/test_bad_input.py tests/faults/test_sanitizers.py tests/laws/test_hidden_numbers.py tests/laws/test_probes.py tests/laws/test_quantised.py
 comma := ,
 
 python := .venv/bin/python
