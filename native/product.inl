@@ -19,7 +19,7 @@ namespace {
 
 // How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or
 // dims per A. It takes keys in multiples of KEYS, and depth in multiples of DEPTH. Whoever works longer
-// between products calls stay_awake() every few hundred cycles.
+// between products calls stay_awake() now and then.
 struct Single {
     using E = float;
     using A = float;
