@@ -12,6 +12,7 @@ namespace tilefold {
 enum class DType : uint8_t { float16, bfloat16, float32, float64, uint8, int8, float8_e4m3fn, int4 };
 
 static constexpr bool is_code(DType type) { return type >= DType::int8; }
+static constexpr bool is_integer(DType code) { return code == DType::int8 || code == DType::int4; }
 
 // Bytes of an element of an array.
 static constexpr int64_t width(DType type) {

@@ -312,7 +312,7 @@ int64_t scratch_of(const Call& c, int64_t rows) {
     int64_t bytes = most(tiles.bytes, few.bytes);
 #ifdef TILEFOLD_HAS_TILES
     if constexpr (!__is_same(T, double))
-        if (c.kv_type == DType::int8 || c.kv_type == DType::int4) bytes = most(bytes, scratch_of_codes<T>(c));
+        if (is_integer(c.kv_type)) bytes = most(bytes, scratch_of_codes<T>(c));
 #endif
     return bytes;
 }

@@ -42,6 +42,14 @@ struct Laid : Coded {
     }
 };
 
+// Four vectors of four groups of four: each group is transposed.
+TILEFOLD_INLINE void turn_fours(__m512 (&x)[4]) {
+    const __m512d a = (__m512d)_mm512_unpacklo_ps(x[0], x[1]), b = (__m512d)_mm512_unpackhi_ps(x[0], x[1]);
+    const __m512d c = (__m512d)_mm512_unpacklo_ps(x[2], x[3]), d = (__m512d)_mm512_unpackhi_ps(x[2], x[3]);
+    x[0] = (__m512)_mm512_unpacklo_pd(a, c), x[1] = (__m512)_mm512_unpackhi_pd(a, c);
+    x[2] = (__m512)_mm512_unpacklo_pd(b, d), x[3] = (__m512)_mm512_unpackhi_pd(b, d);
+}
+
 constexpr int STEP = 32, AT_ONCE = 4;  // keys or dims of a product of tiles; tiles of C
 
 TILEFOLD_INLINE int64_t steps(int64_t n) { return up(n, STEP) / STEP; }
@@ -373,15 +381,6 @@ struct RowTiles {
                 if constexpr (four * 4 + i < R) to[four * 4 + i] = x[i];
             });
         });
-    }
-    // Four vectors of four groups of four: each group is transposed.
-    static TILEFOLD_INLINE void turn_fours(__m512 (&x)[4]) {
-        const __m512d a = (__m512d)_mm512_unpacklo_ps(x[0], x[1]),
-                      b = (__m512d)_mm512_unpackhi_ps(x[0], x[1]);
-        const __m512d c = (__m512d)_mm512_unpacklo_ps(x[2], x[3]),
-                      d = (__m512d)_mm512_unpackhi_ps(x[2], x[3]);
-        x[0] = (__m512)_mm512_unpacklo_pd(a, c), x[1] = (__m512)_mm512_unpackhi_pd(a, c);
-        x[2] = (__m512)_mm512_unpacklo_pd(b, d), x[3] = (__m512)_mm512_unpackhi_pd(b, d);
     }
 };
 

@@ -30,7 +30,7 @@ TILEFOLD_INLINE __m512i digits_of(F32 x, float shift) {
 TILEFOLD_INLINE float shift_for(float top) {
     return 29 - _mm_cvtss_f32(_mm_getexp_ss(_mm_setzero_ps(), _mm_set_ss(top > 1e-37f ? top : 1e-37f)));
 }
-// Numbers from the products of their digits, the highest last, and as they were before the shift.
+// Shifted numbers from the products of their digits, the highest last; and as they were before the shift.
 TILEFOLD_INLINE F32 number_of(const __m512i (&products)[DIGITS]) {
     F32 sum{};
     each<DIGITS>([&](auto i) TILEFOLD_LAMBDA {
@@ -52,11 +52,11 @@ TILEFOLD_INLINE void turn_groups(__m512i (&x)[4]) {
 }
 
 // How rows of keys, or of values, fall into bytes.
-struct Layers {
+struct CodeRow {
     int64_t width, bytes;
     bool halves;  // two dims to a byte
 
-    Layers(DType type, int64_t width_)
+    CodeRow(DType type, int64_t width_)
         : width(width_), bytes(type == DType::int4 ? width_ / 2 : width_), halves(type == DType::int4) {}
 
     int64_t chunks() const { return up(bytes, TILE_ROW) / TILE_ROW; }
@@ -93,25 +93,25 @@ struct KeyTiles {
 
     // Keys from j on of n. What is stored can be loaded as a tile only some time later: this is called one
     // turn ahead, and `room` is for two turns.
-    void prepare(const Coded& keys, const Layers& layers, int64_t j, int64_t n, char* room) {
-        const int64_t pitch = layers.steps() * TILE_ROW;
+    void prepare(const Coded& keys, const CodeRow& form, int64_t j, int64_t n, char* room) {
+        const int64_t pitch = form.steps() * TILE_ROW;
         count = least(4, up(n - j, GROUP) / GROUP);
         for (int64_t i = 0; i < count; i++) {
             const int64_t first = j + i * GROUP, there = least(GROUP, n - first);
             const char* from = keys.at[first / GROUP];
-            if (!layers.halves && there == GROUP && layers.bytes % TILE_ROW == 0) {
+            if (!form.halves && there == GROUP && form.bytes % TILE_ROW == 0) {
                 at[i] = from, row[i] = keys.row;
                 continue;
             }
             char* to = room + (j / 64 % 2 * 4 + i) * GROUP * pitch;
             at[i] = to, row[i] = pitch;
             for (int64_t k = 0; k < GROUP; k++, from += keys.row)
-                for (int64_t b = 0; b < layers.bytes; b += TILE_ROW) {
+                for (int64_t b = 0; b < form.bytes; b += TILE_ROW) {
                     const __m512i x =
-                        k < there ? some_bytes(from + b, layers.bytes - b) : _mm512_setzero_si512();
-                    _mm512_store_si512(to, layers.halves ? lower_halves(x) : x);
-                    if (layers.halves) _mm512_store_si512(to + TILE_ROW, upper_halves(x));
-                    to += TILE_ROW << layers.halves;
+                        k < there ? some_bytes(from + b, form.bytes - b) : _mm512_setzero_si512();
+                    _mm512_store_si512(to, form.halves ? lower_halves(x) : x);
+                    if (form.halves) _mm512_store_si512(to + TILE_ROW, upper_halves(x));
+                    to += TILE_ROW << form.halves;
                 }
         }
     }
@@ -154,17 +154,15 @@ struct KeyTiles {
 
 // Products of digits [16 keys][DIGITS][FEW] put together: numbers of FEW rows, lanes are keys.
 TILEFOLD_INLINE void numbers_of_keys(const int32_t* from, F32 (&to)[FEW]) {
-    __m512i y[4];  // of keys i, i + 4, i + 8, i + 12
+    __m512 y[4];  // of keys i, i + 4, i + 8, i + 12
     each<4>([&](auto i) TILEFOLD_LAMBDA {
         __m512i x[DIGITS];
         each<4>([&](auto j) TILEFOLD_LAMBDA { x[j] = _mm512_load_si512(from + (i + 4 * j) * 16); });
         turn_groups(x);
-        y[i] = _mm512_castps_si512((__m512)number_of(x));
+        y[i] = (__m512)number_of(x);
     });
-    const __m512i a = _mm512_unpacklo_epi32(y[0], y[1]), b = _mm512_unpackhi_epi32(y[0], y[1]);
-    const __m512i c = _mm512_unpacklo_epi32(y[2], y[3]), d = _mm512_unpackhi_epi32(y[2], y[3]);
-    to[0] = (F32)_mm512_unpacklo_epi64(a, c), to[1] = (F32)_mm512_unpackhi_epi64(a, c);
-    to[2] = (F32)_mm512_unpacklo_epi64(b, d), to[3] = (F32)_mm512_unpackhi_epi64(b, d);
+    turn_fours(y);
+    each<FEW>([&](auto r) TILEFOLD_LAMBDA { to[r] = (F32)y[r]; });
 }
 
 // R query rows. Twin of RowVectors and RowTiles.
@@ -177,7 +175,7 @@ struct RowCodes {
     const Call& c;
     const Unit& u;
     const int64_t pitch;
-    const Layers keys, values;
+    const CodeRow keys, values;
     const int64_t size;  // of a part of `weights`
     uint32_t* queries;   // [FOURS][steps][16 times 4 codes][DIGITS][FEW]
     float* plain;        // [R][dim], queries as they are
@@ -341,17 +339,17 @@ struct RowCodes {
     int64_t chunk_passes() const { return (4 << values.halves) / MOST; }
     int64_t passes() const { return values.chunks() * chunk_passes(); }
 
-    void bring(const Side& side, const Layers& layers, int64_t j0, int64_t j1) {
+    void bring(const Side& side, const CodeRow& form, int64_t j0, int64_t j1) {
         if (!codes_in_place(c, u, side, j0, j1, coded))
-            copy_codes(c, u, side, layers.bytes, j0, j1, own, own_scales, coded);
+            copy_codes(c, u, side, form.bytes, j0, j1, own, own_scales, coded);
     }
 
     // What dim d of row k stands for.
-    float number(const Layers& layers, int64_t k, int64_t d) const {
+    float number(const CodeRow& form, int64_t k, int64_t d) const {
         const int64_t i = k % GROUP;
-        const char byte = coded.at[k / GROUP][i * coded.row + (layers.halves ? d / 2 : d)];
+        const char byte = coded.at[k / GROUP][i * coded.row + (form.halves ? d / 2 : d)];
         const float scale = coded.scale[k / GROUP][i * coded.scale_row];
-        return layers.halves ? one(Int4{uint8_t(byte)}, d % 2) * scale : one(Int8{int8_t(byte)}, 0) * scale;
+        return form.halves ? one(Int4{uint8_t(byte)}, d % 2) * scale : one(Int8{int8_t(byte)}, 0) * scale;
     }
 
     // Digits of one query to their columns of B.

@@ -70,9 +70,8 @@ class Sweep : Sequences {
         const bool pairs = k.value_bytes && !k.key_bytes;
         c_.pack_keys =
             pairs && (is_code(p.kv_dtype) ? p.dim % k.multiple : strided_keys(a.k, p.dim, k.multiple));
-        codes_ = k.codes && (p.kv_dtype == DType::int8 || p.kv_dtype == DType::int4) &&
-                 !(p.want & (INVARIANT | GRAD | KEYS)) && whole(c_.k_pages, p.dim) &&
-                 whole(c_.v_pages, p.v_dim);
+        codes_ = k.codes && is_integer(p.kv_dtype) && !(p.want & (INVARIANT | GRAD | KEYS)) &&
+                 whole(c_.k_pages, p.dim) && whole(c_.v_pages, p.v_dim);
     }
 
     // Whether all dims share a scale.

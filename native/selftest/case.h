@@ -87,10 +87,6 @@ struct Case {
         if (stored == DType::int4) dim += dim % 2, v_dim += v_dim % 2;
     }
 
-    // Codes may be multiplied as they lie; then their numbers are not rounded to the type of the queries.
-    bool may_be_exact() const {
-        return lengths == PAGES && (stored == DType::int8 || stored == DType::int4) && !invariant;
-    }
     bool padded() const { return lengths == PADDED || lengths == PAGES; }
 
     std::string text() const {
@@ -168,6 +164,14 @@ struct Data {
         }
         describe();
     }
+
+    // Whether codes are multiplied as they lie on a machine that does so, where rows are few: then numbers of
+    // the sequence are not rounded to the type of the queries.
+    bool has_codes() const {
+        return c.lengths == PAGES && is_integer(c.stored) && !c.invariant && k_pages.groups == 1 &&
+               v_pages.groups == 1;
+    }
+    bool is_exact(const Frame& f) const { return has_codes() && f.q_len * c.group <= 8; }
 
     // Which keys of its sequence a query sees.
     void look(const Frame& f, int64_t head, int64_t i, std::vector<char>& seen) const {

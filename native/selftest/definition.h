@@ -60,17 +60,19 @@ struct Values {
 };
 
 // Attention written out, in R. Inputs are moved by up to `nudge` of themselves; with `short_weights` the
-// weights that values are multiplied by are rounded to bfloat16. `exact`: codes are what they stand for.
+// weights that values are multiplied by are rounded to bfloat16. `exact`: as on a machine that
+// multiplies codes as they lie.
 template <class R>
 Values evaluate(const Data& x, double nudge, bool short_weights, bool exact, int draw = 0) {
     Values y;
     Random random(uint64_t(x.c.number) + 77 + uint64_t(draw) * 1000003);
     const auto moved = [&](double v) { return R(v) * R(1 + nudge * random.between(-1, 1)); };
     const int64_t dim = x.p.dim, v_dim = x.p.v_dim;
-    const Tensor &keys = exact ? x.exact_k : x.k, &values = exact ? x.exact_v : x.v;
     std::vector<R> q, k, v, s, acc;
     std::vector<char> seen;
-    for (const Frame& f : x.frames)
+    for (const Frame& f : x.frames) {
+        const bool unrounded = exact && x.is_exact(f);
+        const Tensor &keys = unrounded ? x.exact_k : x.k, &values = unrounded ? x.exact_v : x.v;
         for (int64_t head = 0; head < x.p.heads; head++) {
             if (head % x.c.group == 0) {
                 const int64_t h = head / x.c.group;
@@ -113,6 +115,7 @@ Values evaluate(const Data& x, double nudge, bool short_weights, bool exact, int
                 y.lse.push_back(nothing ? R(-INF) : m + std::log(sum));
             }
         }
+    }
     return y;
 }
 
@@ -146,10 +149,10 @@ bool is_wide(const Data& x) { return x.c.type == DType::float64 && !RUNNING_ON_V
 struct Expected {
     Values right;
     Wide out[2], lse;                 // by whether weights are rounded to bfloat16
-    std::unique_ptr<Expected> exact;  // of codes that may be multiplied as they lie
+    std::unique_ptr<Expected> exact;  // on a machine that multiplies codes as they lie
 
     explicit Expected(const Data& x, bool is_exact = false) {
-        if (x.c.may_be_exact() && !is_exact) exact = std::make_unique<Expected>(x, true);
+        if (x.has_codes() && !is_exact) exact = std::make_unique<Expected>(x, true);
         const bool wide = is_wide(x);
         right = wide ? evaluate<Wide>(x, 0, false, is_exact) : evaluate<double>(x, 0, false, is_exact);
         const double step = 2 * roundoff(x.p.acc_dtype);
@@ -189,8 +192,7 @@ struct Expected {
             return e == 0 ? 0 : allowed > 0 ? double(e / allowed) : INF;
         };
         const double o = of(error(got.out, right.out), out[rounds]);
-        const double most = r.has_lse ? std::max(o, of(error(got.lse, right.lse), lse)) : o;
-        return exact ? std::min(most, exact->share(x, r, rounds)) : most;
+        return r.has_lse ? std::max(o, of(error(got.lse, right.lse), lse)) : o;
     }
 };
 }  // namespace

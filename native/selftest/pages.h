@@ -42,6 +42,7 @@ struct Table {
 // Keys, or values.
 struct Store {
     Tensor rows, scales;
+    int64_t groups = 1;  // of dims that share a scale
 
     Store() = default;
     // The rows of `dense` (batch, heads, kv_len, width). Codes are random, and `dense` becomes what they
@@ -62,7 +63,7 @@ struct Store {
             });
             return;
         }
-        int64_t groups = random.below(2) ? 4 : 1;
+        groups = random.below(2) ? 4 : 1;
         if (width % (groups * each)) groups = 1;
         // One scale for a page and head, or one for each row.
         scales = Tensor(DType::float32, {t.pages, heads, t.page, groups}, order, random.below(3) ? 0 : 2);
