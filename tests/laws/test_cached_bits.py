@@ -272,8 +272,8 @@ def test_codes_give_what_their_numbers_give(dtype, way):
         append_in_parts(append, k, v, [1, 15, 1, 100, 3])
     for name, options in OPTIONS.items():
         right = attend(q, *numbers, **options)
-        assert_same_bits(attend_numbers(q, pages[id], **options), right, name)
-        assert_same_bits(attend_numbers(q, stretch, **options), right, name)
+        assert_same_bits(attend(q, pages[id], **options), right, name)
+        assert_same_bits(attend(q, stretch, **options), right, name)
 
 
 @pytest.mark.parametrize("way", ["int8", "float8_e4m3fn", "int4", "int8 in groups", "int4 in groups"])
@@ -376,7 +376,7 @@ def test_a_restored_cache_of_codes_goes_on_with_the_same_bits(way, tmp_path):
     pages = coded_cache("bfloat16", way)
     id = pages.open()
     stretch = tf.KVCache(1, KV_HEADS, DIM, CODED_V_DIM, dtype=k.dtype, **way)
-    right = attend_numbers(q, *(meant(x, way) for x in (k, v)), causal=True)
+    right = attend(q, *(meant(x, way) for x in (k, v)), causal=True)
     for whole, append in (
         (pages, lambda c: lambda *rows: c.append(id, *rows)),
         (stretch, lambda c: c.append),
@@ -385,7 +385,7 @@ def test_a_restored_cache_of_codes_goes_on_with_the_same_bits(way, tmp_path):
         whole.snapshot(tmp_path / "cache")
         again = type(whole).restore(tmp_path / "cache")
         append(again)(k[:, :, 50:], v[:, :, 50:])
-        assert_same_bits(attend_numbers(q, again if whole is stretch else again[id], causal=True), right)
+        assert_same_bits(attend(q, again if whole is stretch else again[id], causal=True), right)
 
 
 # ---- packed queries --------------------------------------------------------------------------------------------
