@@ -18,6 +18,7 @@
 #define TILEFOLD_HAS_HALF
 #define TILEFOLD_HAS_SPREAD_BYTES
 #define TILEFOLD_HAS_FLOAT8
+#define TILEFOLD_HAS_POWERS
 
 namespace {
 #define WORD inline __attribute__((always_inline))
@@ -25,6 +26,9 @@ WORD __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c);
 WORD __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 WORD __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 WORD __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+// x less the whole number below it, and x times two to the whole number below `power`.
+WORD __m512 fraction(__m512 x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+WORD __m512 times_power(__m512 x, __m512 power) { return _mm512_scalef_ps(x, power); }
 template <class M>
 WORD bool any(M m) {
     return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
