@@ -176,13 +176,17 @@ struct Kernels {
     int tile_rows;    // query rows in a tile
     int most_rows;    // query rows in a piece at most
     int few_rows;     // up to so many query rows `row` is the faster one
+    int steady_rows;  // up to so many query rows a sequence has the `steady` kernels, where there are any
+    int grad_rows;    // query rows in a tile of the backward pass
     int pieces_each;  // so many pieces for each worker are enough, where tiles are many
     double reading;   // time that a piece takes to read keys and values, in tiles; 0 where it hardly counts
     int block_k;      // keys per block
     int element;      // bytes of an accumulator element
     int key_bytes;    // bytes of a packed key's element, 0 where keys are read where they lie
     int value_bytes;  // the same of values
+    int64_t panels;   // bytes that panels may take; where they are more, each piece packs for itself
     int multiple;     // elements of keys that are read at once: rows are padded to a multiple of it
+    int packed_rows;  // packed matrices have their rows in groups of so many
     int64_t (*scratch)(const Call&, int64_t rows);
     void (*tile)(const Call&, const Unit&, const Piece&, Worker&);
     void (*row)(const Call&, const Unit&, const Piece&, Worker&);
@@ -195,7 +199,15 @@ struct Kernels {
     void (*tap)(const Call&, const Unit&, const KeyTaps&, const TapPiece&, Worker&);
     // Merge the states of `segments` segments, `stride` bytes apart, and finalize.
     void (*join)(const Call&, const Unit&, const Piece&, int64_t segments, int64_t stride);
+    // The kernels of sequences of few rows, and of calls that want the same bits whatever a row is among:
+    // these here round otherwise, and have no `row`. Null where all have these.
+    const Kernels* steady;
 };
+
+// Whether keys are packed where they do not lie in pairs.
+static inline bool packs_pairs(const Kernels& k) { return k.value_bytes && !k.key_bytes; }
+
+static inline const Kernels& steady(const Kernels& k) { return k.steady ? *k.steady : k; }
 
 // Elements of the state of one row: maximum, sum, and from the sixteenth on the accumulator, in whole
 // vectors.

@@ -1,11 +1,11 @@
 // Sweep one on one machine: twin of fold.py, which is the specification.
 //
-// A tile is up to WIDEST vectors of query rows of one key head; a piece is up to MOST_TILES of them. For each
+// A tile is up to WIDE vectors of query rows of one key head; a piece is up to MOST_TILES of them. For each
 // block of keys: scores Sᵀ (keys × lanes) in cache, their maximum, weights in place, then Oᵀ += Vᵀ·P; lanes
 // are queries throughout, so maximum, sum and rescale are vertical. Per score: 2·dim + 2·v_dim flops of
 // multiply-add, and 17 vector operations of softmax (scale, max, store; load, subtract, 11 of exp, add,
-// store), that is 12 % of the arithmetic at dim 64 and 6 % at dim 128. Reads per block: keys and values once
-// (from L2 or beyond), Qᵀ once per strip of keys from L1.
+// store; with powers of two in silicon exp takes 8), that is 12 % of the arithmetic at dim 64 and 6 % at dim
+// 128. Reads per block: keys and values once (from L2 or beyond), Qᵀ once per strip of keys from L1.
 //
 // Each SEGMENT of keys is folded from empty, block by block on an absolute grid, and segments are merged left
 // to right. A hidden key adds exactly 0 and an all-hidden block leaves a lane as it is to the bit, so a row's
@@ -19,16 +19,17 @@ constexpr int MOST_TILES = 8;
 // Where a block's keys and values are to be read.
 template <class K>
 struct Block {
-    Source<typename K::A> keys;    // rows are keys, depth is dim
-    Source<typename K::A> values;  // rows are value dims, depth is keys
+    Matrix<K> keys;    // rows are keys, depth is dim
+    Matrix<K> values;  // rows are value dims, depth is keys
 };
 
 // How storage T reaches kernel K.
 template <class K, class T>
 struct Packing {
     static constexpr bool always_values = !__is_same(T, typename K::A);  // values are packed
-    static constexpr bool always_keys = always_values && K::PAIR == 1;
+    static constexpr bool always_keys = always_values && (K::PAIR == 1 || K::PIECES > 1);
     static constexpr int multiple = K::PAIR * K::DEPTH;
+    static constexpr int rows = K::PIECES > 1 ? 32 : 1;  // packed matrices have them in groups of so many
 };
 
 // The state that a row begins with: its sink, or nothing.
@@ -67,13 +68,13 @@ struct Desk {
     using E = typename K::E;
     using A = typename K::A;
     using P = Packing<K, T>;
-    static constexpr int N = WIDEST * LANES<E>;
+    static constexpr int N = K::WIDE * LANES<E>;
 
     const Call& c;
     const Unit& u;
     Worker& w;
     const int64_t depth, pitch;   // of a score's dot product, and of a packed block of values, in A
-    E* scores;                    // and weights, in place
+    E *scores, *weights;          // the latter in the place of the former, but in pieces beside them
     char *own_keys, *own_values;  // a block packed for this piece alone
     A* clean;                     // values without NaN and infinity
     uint8_t* seen;
@@ -88,55 +89,49 @@ struct Desk {
           depth(up(c.dim, P::multiple) / K::PAIR),
           pitch(up(c.block_k, K::KEYS) / K::PAIR) {
         const bool keys = P::always_keys || c.pack_keys;
-        scores = a.template take<E>(up(c.block_k, K::KEYS) * N);
-        own_keys = a.template take<char>(keys ? c.block_k * depth * int64_t(sizeof(A)) : 0);
-        own_values = a.template take<char>(P::always_values ? pitch * c.v_dim * int64_t(sizeof(A)) : 0);
-        clean = a.template take<A>(pitch * c.v_dim);
+        scores = weights = a.template take<E>(up(c.block_k, K::KEYS) * N);
+        if (K::PIECES > 1) weights = a.template take<E>(pitch * K::PIECES * N);
+        own_keys = a.template take<char>(keys ? key_bytes() : 0);
+        own_values = a.template take<char>(P::always_values ? value_bytes() : 0);
+        clean = a.template take<A>(value_bytes() / int64_t(sizeof(A)));
         seen = a.template take<uint8_t>(c.block_k * N);
         key_rows = a.template take<T>(c.page ? c.block_k * c.dim : 0);
         value_rows = a.template take<T>(c.page ? c.block_k * c.v_dim : 0);
     }
+
+    // Of a packed block.
+    int64_t key_bytes() const { return up(c.block_k, P::rows) * depth * K::PIECES * int64_t(sizeof(A)); }
+    int64_t value_bytes() const { return pitch * up(c.v_dim, P::rows) * K::PIECES * int64_t(sizeof(A)); }
 
     Block<K> block(int64_t k0, int64_t k1) {
         Block<K> b;
         char *keys = own_keys, *values = own_values;
         if constexpr (P::always_values) {
             if (u.panel.done)
-                from_panel(k0, k1, keys, values);
+                from_panel(k0, keys, values);
             else if (packed != k0)
                 pack(k0, k1, keys, values), packed = k0;
         }
-        if (P::always_keys || c.pack_keys)
-            b.keys = {reinterpret_cast<const A*>(keys), depth, 1};
-        else
-            bring_rows(k0, k1),
-                b.keys = {reinterpret_cast<const A*>(k.at), k.row / K::PAIR, K::PAIR == 1 ? k.col : 1};
-        if constexpr (!P::always_values)
-            b.values = {reinterpret_cast<const A*>(v.at), v.col, v.row};
-        else if constexpr (K::PAIR == 1)
-            b.values = {reinterpret_cast<const A*>(values), 1, c.v_dim};
-        else
-            b.values = {reinterpret_cast<const A*>(values), pitch, 1};
+        if constexpr (K::PIECES > 1) {
+            b.keys = {reinterpret_cast<const A*>(keys), P::rows * depth * K::PIECES};
+            b.values = {reinterpret_cast<const A*>(values), P::rows * pitch * K::PIECES};
+        } else {
+            if (P::always_keys || c.pack_keys)
+                b.keys = {reinterpret_cast<const A*>(keys), depth, 1};
+            else
+                bring_rows(k0, k1),
+                    b.keys = {reinterpret_cast<const A*>(k.at), k.row / K::PAIR, K::PAIR == 1 ? k.col : 1};
+            if constexpr (!P::always_values)
+                b.values = {reinterpret_cast<const A*>(v.at), v.col, v.row};
+            else if constexpr (K::PAIR == 1)
+                b.values = {reinterpret_cast<const A*>(values), 1, c.v_dim};
+            else
+                b.values = {reinterpret_cast<const A*>(values), pitch, 1};
+        }
         return b;
     }
 
-   private:
-    // The unit's shared panels: whoever needs a block first fills it, the others wait for that.
-    void from_panel(int64_t k0, int64_t k1, char*& keys, char*& values) {
-        const int64_t n = k0 / c.block_k;
-        keys = static_cast<char*>(u.panel.keys) + n * c.block_k * depth * int64_t(sizeof(A));
-        values = static_cast<char*>(u.panel.values) + n * pitch * c.v_dim * int64_t(sizeof(A));
-        int32_t* const done = u.panel.done + n;
-        int32_t nobody = 0;
-        if (__atomic_load_n(done, __ATOMIC_ACQUIRE) == 2) return;
-        if (__atomic_compare_exchange_n(done, &nobody, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-            pack(k0, k1, keys, values);
-            __atomic_store_n(done, 2, __ATOMIC_RELEASE);
-        } else {
-            while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != 2) w.relax(w.context);
-        }
-    }
-
+    // Brings the rows of a block as they are stored to k and v.
     void bring_rows(int64_t k0, int64_t k1) {
         if (brought == k0) return;
         k = bring_keys(c, u, k0, k1, key_rows);
@@ -144,9 +139,38 @@ struct Desk {
         brought = k0;
     }
 
+   private:
+    // The unit's shared panels: whoever needs a block first fills it. The others fill the next ones until it
+    // is there, or wait.
+    void from_panel(int64_t k0, char*& keys, char*& values) {
+        const int64_t n = k0 / c.block_k;
+        keys = static_cast<char*>(u.panel.keys) + n * key_bytes();
+        values = static_cast<char*>(u.panel.values) + n * value_bytes();
+        const int32_t* const done = u.panel.done + n;
+        if (__atomic_load_n(done, __ATOMIC_ACQUIRE) == 2) return;
+        fill(n);
+        for (int64_t next = n + 1; __atomic_load_n(done, __ATOMIC_ACQUIRE) != 2; next++)
+            if (next * c.block_k >= u.kv_len || !fill(next)) w.relax(w.context);
+    }
+    // Block n of the panels, unless somebody is at it.
+    bool fill(int64_t n) {
+        int32_t* const done = u.panel.done + n;
+        int32_t nobody = 0;
+        if (!__atomic_compare_exchange_n(done, &nobody, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+            return false;
+        pack(n * c.block_k, least((n + 1) * c.block_k, u.kv_len),
+             static_cast<char*>(u.panel.keys) + n * key_bytes(),
+             static_cast<char*>(u.panel.values) + n * value_bytes());
+        __atomic_store_n(done, 2, __ATOMIC_RELEASE);
+        return true;
+    }
+
     void pack(int64_t k0, int64_t k1, char* keys, char* values) {
         bring_rows(k0, k1);
-        if constexpr (P::always_keys) {
+        if constexpr (K::PIECES > 1) {
+            pack_key_tiles(K{}, k, k1 - k0, c.dim, reinterpret_cast<A*>(keys));
+            pack_value_tiles(K{}, v, k1 - k0, c.v_dim, 2 * pitch, reinterpret_cast<A*>(values));
+        } else if constexpr (P::always_keys) {
             widen_rows<T, E>(k, k1 - k0, c.dim, reinterpret_cast<E*>(keys), c.dim);
             widen_rows<T, E>(v, k1 - k0, c.v_dim, reinterpret_cast<E*>(values), c.v_dim);
         } else {
@@ -187,9 +211,22 @@ struct Tile : Lanes<K, T, NR> {
 
     // ---- the steps of a block ----
 
-    // Scores become weights, in place; for pairs two rows become one of bf16 pairs. Returns their sums in
-    // `sum`.
-    static void weigh(E* scores, int64_t keys, const Vec<E> (&shift)[NR], Vec<E> (&sum)[NR]) {
+    // Weights of two keys to where the product takes those of lanes i · W …
+    static TILEFOLD_INLINE void put_pair(E* to, int i, Vec<E> p, Vec<E> q) {
+        if constexpr (K::PIECES == 1) {
+            store(to + i * K::NEXT, bits_as<Vec<E>>(pair_up<U32>(p, q)));
+        } else {
+            U32 pieces[K::PIECES];
+            pair_weights(p, q, pieces);
+            each<K::PIECES>([&](auto n) TILEFOLD_LAMBDA {
+                store(to + (n * NR + i) * K::NEXT, bits_as<Vec<E>>(pieces[n]));
+            });
+        }
+    }
+
+    // Scores become weights; for pairs two rows become one of bf16 pairs. Returns their sums in `sum`.
+    static void weigh(E* scores, [[maybe_unused]] E* weights, int64_t keys, const Vec<E> (&shift)[NR],
+                      Vec<E> (&sum)[NR]) {
         Vec<E> total_of[NR], less[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { total_of[i] = Vec<E>{}, less[i] = shift[i]; });
         if constexpr (K::PAIR == 1) {
@@ -203,15 +240,16 @@ struct Tile : Lanes<K, T, NR> {
             const int64_t whole = up(keys, K::KEYS);
             for (E *s = scores + keys * N, *end = scores + whole * N; s < end; s += W)
                 store(s, set<E>(-INFINITE<E>));
-            E* to = scores;
-            for (E *s = scores, *end = scores + whole * N; s < end; s += 2 * N, to += N) {
-                if ((s - scores) % (64 * N) == 0) K::stay_awake();
+            E* s = scores;
+            for (int64_t key = 0; key < whole; key += 2, s += 2 * N) {
+                if (key % (K::PIECES == 1 ? 64 : 16) == 0) K::stay_awake();
+                E* const to = K::template pair_at<N>(weights, key);
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
                     const Vec<E> p = exp<E>(load(s + i * W) - less[i]);
                     const Vec<E> q = exp<E>(load(s + N + i * W) - less[i]);
                     total_of[i] += p;
                     total_of[i] += q;
-                    store(to + i * W, bits_as<Vec<E>>(pair_up<U32>(p, q)));
+                    put_pair(to, i, p, q);
                 });
             }
         }
@@ -235,17 +273,19 @@ struct Tile : Lanes<K, T, NR> {
         if constexpr (K::PAIR == 2) {
             const int64_t whole = up(keys, K::KEYS);
             memset(scores + keys * N, 0, size_t((whole - keys) * N) * sizeof(E));
-            for (E *s = scores, *to = scores, *end = scores + whole * N; s < end; s += 2 * N, to += N)
+            E* s = scores;
+            for (int64_t key = 0; key < whole; key += 2, s += 2 * N)
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    store(to + i * W, bits_as<Vec<E>>(pair_up<U32>(load(s + i * W), load(s + N + i * W))));
+                    put_pair(K::template pair_at<N>(desk.weights, key), i, load(s + i * W),
+                             load(s + N + i * W));
                 });
         }
     }
 
     // Oᵀ of the segment: times `keep`, plus Vᵀ·P of this block.
-    void accumulate(const Desk<K, T>& desk, Source<A> values, int64_t keys, const Vec<E> (&keep)[NR]) {
+    void accumulate(const Desk<K, T>& desk, Matrix<K> values, int64_t keys, const Vec<E> (&keep)[NR]) {
         const int64_t steps = up(keys, K::KEYS) / K::PAIR;
-        const A* p = reinterpret_cast<const A*>(desk.scores);
+        const A* p = reinterpret_cast<const A*>(desk.weights);
         // Vectors may alias anything, so what a strip needs is copied to where they cannot reach.
         E* const to = part;
         const bool fresh = first;
@@ -271,24 +311,37 @@ struct Tile : Lanes<K, T, NR> {
     // ---- a block whose values hold NaN or infinity that some lane does not see ----
 
     // The product with non-finite values taken as 0, then each of them added to the lanes that see it.
-    void accumulate_carefully(const Desk<K, T>& desk, Source<A> values, int64_t keys,
-                              const Vec<E> (&keep)[NR]) {
+    // `values` stand `from` keys into the block.
+    void accumulate_carefully(const Desk<K, T>& desk, Matrix<K> values, [[maybe_unused]] int64_t from,
+                              int64_t keys, const Vec<E> (&keep)[NR]) {
         const int64_t steps = up(keys, K::KEYS) / K::PAIR;
-        for (int64_t d = 0; d < desk.c.v_dim; d++)
-            for (int64_t k = 0; k < steps; k++) {
-                A a = values.at[d * values.row + k * values.step];
-                for (int half = 0; half < K::PAIR; half++)
-                    if (!finite(value(a, half))) a = without(a, half);
-                desk.clean[d * steps + k] = a;
-            }
-        accumulate(desk, {desk.clean, steps, 1}, keys, keep);
-        for (int64_t d = 0; d < desk.c.v_dim; d++)
-            for (int64_t j = 0; j < keys; j++) {
-                const E x = value(values.at[d * values.row + j / K::PAIR * values.step], int(j % K::PAIR));
-                if (finite(x)) continue;
-                for (int r = 0; r < N; r++)
-                    if (desk.seen[j * N + r]) part[d * N + r] += x * weight(desk.scores, j, r);
-            }
+        const auto add = [&](int64_t d, int64_t j, E x) {
+            for (int r = 0; r < N; r++)
+                if (desk.seen[j * N + r]) part[d * N + r] += x * weight(desk.weights, j, r);
+        };
+        if constexpr (K::PIECES > 1) {
+            const Rowed<T> rows{desk.v.from(from), desk.v.row, desk.v.col};
+            pack_value_tiles(K{}, rows, keys, desk.c.v_dim, 2 * steps, desk.clean, true);
+            accumulate(desk, {desk.clean, 32 * steps * K::PIECES}, keys, keep);
+            for (int64_t j = 0; j < keys; j++)
+                for (int64_t d = 0; d < desk.c.v_dim; d++)
+                    if (const E x = one(rows.from(j)[d * rows.col]); !has_pieces(x)) add(d, j, x);
+        } else {
+            for (int64_t d = 0; d < desk.c.v_dim; d++)
+                for (int64_t k = 0; k < steps; k++) {
+                    A a = values.at[d * values.row + k * values.step];
+                    for (int half = 0; half < K::PAIR; half++)
+                        if (!finite(value(a, half))) a = without(a, half);
+                    desk.clean[d * steps + k] = a;
+                }
+            accumulate(desk, {desk.clean, steps, 1}, keys, keep);
+            for (int64_t d = 0; d < desk.c.v_dim; d++)
+                for (int64_t j = 0; j < keys; j++) {
+                    const E x =
+                        value(values.at[d * values.row + j / K::PAIR * values.step], int(j % K::PAIR));
+                    if (!finite(x)) add(d, j, x);
+                }
+        }
     }
     static bool finite(E x) { return x - x == 0; }
     static E value(A a, int half) {
@@ -303,11 +356,16 @@ struct Tile : Lanes<K, T, NR> {
         else
             return half ? a & 0xffffu : a & 0xffff0000u;
     }
-    static E weight(const E* scores, int64_t j, int r) {
-        if constexpr (K::PAIR == 1)
-            return scores[j * N + r];
-        else
-            return value(bits_as<uint32_t>(scores[j / 2 * N + r]), int(j & 1));
+    static E weight(const E* weights, int64_t j, int r) {
+        if constexpr (K::PAIR == 1) {
+            return weights[j * N + r];
+        } else {
+            const E* const at = K::template pair_at<N>(weights, j) + r / W * K::NEXT + r % W;
+            E sum = 0;
+            for (int n = 0; n < K::PIECES; n++)
+                sum += value(bits_as<uint32_t>(at[n * NR * K::NEXT]), int(j & 1));
+            return sum;
+        }
     }
 
     // ---- segments ----
@@ -333,7 +391,12 @@ struct Tile : Lanes<K, T, NR> {
         const Block<K> b = desk.block(k0, least(k0 + c.block_k, u.kv_len));
         Vec<E> top[NR], before[NR], shift[NR], keep[NR], added[NR];
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = load(max_part + i * W); });
-        this->score(c, u, b.keys, desk.depth, k0, j0, j1, kind, desk.scores, top);
+        const Rowed<T>* raw = nullptr;
+        if constexpr (CAREFUL && K::PIECES > 1) {
+            desk.bring_rows(k0, least(k0 + c.block_k, u.kv_len));
+            raw = &desk.k;
+        }
+        this->score(c, u, b.keys, desk.depth, k0, j0, j1, kind, desk.scores, top, nullptr, raw);
         if constexpr (CAREFUL) this->note_seen(c, u, j0, j1 - j0, desk.seen);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
             shift[i] = shift_of<E>(top[i]);
@@ -344,22 +407,22 @@ struct Tile : Lanes<K, T, NR> {
         if (__builtin_expect(c.taps.any, 0))
             weigh_and_tell<CAREFUL>(desk, j0, j1, before, shift, keep, added);
         else
-            weigh(desk.scores, j1 - j0, shift, added);
+            weigh(desk.scores, desk.weights, j1 - j0, shift, added);
         each<NR>([&](auto i) TILEFOLD_LAMBDA {
             store(sum_part + i * W, fma(load(sum_part + i * W), keep[i], added[i]));
         });
-        const Source<A> values = b.values.from(0, (j0 - k0) / K::PAIR);
+        const Matrix<K> values = b.values.from(0, (j0 - k0) / K::PAIR);
         if constexpr (CAREFUL)
-            accumulate_carefully(desk, values, j1 - j0, keep);
+            accumulate_carefully(desk, values, j0 - k0, j1 - j0, keep);
         else
             accumulate(desk, values, j1 - j0, keep);
         first = false;
     }
 
-    // Looks at what the segment gave; only where something is not finite and something is hidden is it done
-    // again.
+    // Looks at what the segment gave; only where something is not finite, and something is hidden or numbers
+    // were taken to pieces, which infinity has none of, is it done again.
     void check(Desk<K, T>& desk, int64_t s0, int64_t s1) {
-        if (first || !hidden || all_finite(part, desk.c.v_dim * N)) return;
+        if (first || (!hidden && K::PIECES == 1) || all_finite(part, desk.c.v_dim * N)) return;
         begin_segment(desk.c);
         for (int64_t k0 = s0 / desk.c.block_k * desk.c.block_k; k0 < s1; k0 += desk.c.block_k)
             fold_block<true>(desk, k0, s0, s1);
@@ -440,20 +503,20 @@ struct Tile : Lanes<K, T, NR> {
 template <class K, class T>
 struct Tiles {
     using E = typename K::E;
-    static constexpr int W = LANES<E>, N = WIDEST * W;
+    static constexpr int W = LANES<E>, WIDE = K::WIDE, N = WIDE * W;
 
     Desk<K, T> desk;
     int64_t count;  // of whole tiles
     int last;       // vectors of rows in the last one, 0 if it is whole
-    Tile<K, T, WIDEST> whole[MOST_TILES];
+    Tile<K, T, WIDE> whole[MOST_TILES];
     Tile<K, T, 1> one_left;
     Tile<K, T, 2> two_left;
 
     Tiles(const Call& c, const Unit& u, Worker& w, int64_t rows, Arena& a) : desk(c, u, w, a) {
-        static_assert(WIDEST == 3);
+        static_assert(WIDE == 2 || WIDE == 3);
         count = rows / N;
         last = int((rows % N + W - 1) / W);
-        if (last == WIDEST) count++, last = 0;
+        if (last == WIDE) count++, last = 0;
         each_tile([&](auto& tile) TILEFOLD_LAMBDA { tile.lay_out(c, desk.depth, a); });
     }
 
@@ -461,7 +524,8 @@ struct Tiles {
     void each_tile(F&& f) {
         for (int64_t n = 0; n < count; n++) f(whole[n]);
         if (last == 1) f(one_left);
-        if (last == 2) f(two_left);
+        if constexpr (WIDE == 3)
+            if (last == 2) f(two_left);
     }
 
     void fold_segment(int64_t s0, int64_t s1, int64_t begin, int64_t end) {

@@ -84,6 +84,11 @@ class Sequences {
         return row(a, f.item, head, f.q0) + f.k0 * inner(a).col * width(a.type);
     }
 
+    // The kernels of a sequence.
+    const Kernels& of_sequence(const Frame& f, const Kernels& k) const {
+        return p_.want & INVARIANT || f.q_len * group_ <= k.steady_rows ? steady(k) : k;
+    }
+
     int64_t first_row(const Frame& f) const { return std::min(part_.first_row, f.q_len); }
     int64_t last_row(const Frame& f) const { return std::min(part_.last_row, f.q_len); }
     int64_t tiles(const Frame& f, int64_t tile_rows) const {

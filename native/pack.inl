@@ -327,6 +327,95 @@ inline void pack_value_pairs(const Rowed<BFloat>& rows, int64_t n, int64_t width
 }
 #endif
 
+#ifdef TILEFOLD_HAS_TILES
+// ---- numbers in P pieces of bf16, in tiles (product_pieces.inl) ----
+
+// Numbers d … d + 15 of a row as floats, 0 beyond the width.
+template <class T>
+TILEFOLD_INLINE F32 sixteen(const T* row, int64_t col, int64_t d, int64_t width) {
+    if (col == 1 && d + 16 <= width) return widen(row + d);
+    F32 x{};
+    for (int64_t n = 0; n < 16 && d + n < width; n++) x[n] = one(row[(d + n) * col]);
+    return x;
+}
+
+// Keys [n][width] as A, depth being dims, of which d has d + 16 as its partner; keys beyond n are 0 up to 32.
+template <class K, class T>
+void pack_key_tiles(K, const Rowed<T>& rows, int64_t n, int64_t width, uint32_t* to) {
+    constexpr int P = K::PIECES;
+    const int64_t steps = up(width, 32) / 32;
+    for (int64_t j = 0; j < up(n, 32); j++) {
+        uint32_t* at = to + j / 32 * steps * Tiled<P>::STEP + j % 32 * 16;
+        for (int64_t s = 0; s < steps; s++, at += Tiled<P>::STEP) {
+            U32 x[P]{};
+            if (j < n)
+                pair_pieces(sixteen(rows.from(j), rows.col, 32 * s, width),
+                            sixteen(rows.from(j), rows.col, 32 * s + 16, width), x);
+            each<P>([&](auto i) TILEFOLD_LAMBDA { store(at + i * 2 * A_TILE, x[i]); });
+        }
+    }
+}
+
+// Pairs of two squares of numbers, transposed, as tiles `pitch` apart.
+template <int P>
+TILEFOLD_INLINE void put_transposed(F32 (&low)[16], F32 (&high)[16], uint32_t* to, int64_t pitch) {
+    transpose<float>(low);
+    transpose<float>(high);
+    each<16>([&](auto r) TILEFOLD_LAMBDA {
+        U32 x[P];
+        pair_pieces(low[r], high[r], x);
+        each<P>([&](auto i) TILEFOLD_LAMBDA { store(to + i * pitch + r * 16, x[i]); });
+    });
+}
+
+// Query rows, times `scale`, as B to multiply those with: [step][piece][N / 16][16 pairs][16].
+template <int N, class K, class T>
+void pack_query_tiles(K, Int<N>, const T* base, const Strides& s, int64_t group, int64_t r0, int64_t rows,
+                      int64_t width, float scale, uint32_t* to) {
+    constexpr int P = K::PIECES;
+    const F32 factor = set<float>(scale);
+    for (int i = 0; i < N; i += 16) {
+        const T* from[16];
+        rows_from<16>(base, s, group, r0, i, rows, from);
+        uint32_t* at = to + i * 16;
+        for (int64_t d = 0; d < width; d += 32, at += P * N * 16) {
+            F32 low[16], high[16];
+            each<16>([&](auto r) TILEFOLD_LAMBDA {
+                low[r] = sixteen(from[r], s.col, d, width) * factor;
+                high[r] = sixteen(from[r], s.col, d + 16, width) * factor;
+            });
+            put_transposed<P>(low, high, at, N * 16);
+        }
+    }
+}
+
+// Values [n][width] as A: rows are dims, depth is keys, of which those beyond n are 0 up to `keys`, a
+// multiple of 32. With `clean`, what has no finite pieces is 0 too.
+template <class K, class T>
+void pack_value_tiles(K, const Rowed<T>& rows, int64_t n, int64_t width, int64_t keys, uint32_t* to,
+                      bool clean = false) {
+    constexpr int P = K::PIECES;
+    const int64_t group = keys / 32 * Tiled<P>::STEP;
+    const auto values = [&](int64_t key, int64_t d) TILEFOLD_LAMBDA {
+        if (key >= n) return F32{};
+        F32 x = sixteen(rows.from(key), rows.col, d, width);
+        if (clean)
+            for (int i = 0; i < 16; i++) x[i] = has_pieces(x[i]) ? x[i] : 0;
+        return x;
+    };
+    for (int64_t k = 0; k < keys; k += 32)
+        for (int64_t d = 0; d < width; d += 16) {
+            F32 low[16], high[16];
+            each<16>([&](auto r) TILEFOLD_LAMBDA {
+                low[r] = values(k + 2 * r, d);
+                high[r] = values(k + 2 * r + 1, d);
+            });
+            put_transposed<P>(low, high, to + d / 32 * group + k / 32 * Tiled<P>::STEP + d % 32 * 16,
+                              2 * A_TILE);
+        }
+}
+#endif
+
 // Finished columns [width][N] of E, times `factor` per lane, to rows of T. Zeros are positive: whether one
 // was negative may depend on hidden neighbours.
 template <class T, class E, int N>

@@ -18,37 +18,44 @@ namespace tilefold {
 namespace {
 
 // How a kernel multiplies: E is what it accumulates in, A the element that it broadcasts, PAIR the keys or
-// dims per A. It takes keys in multiples of KEYS, and depth in multiples of DEPTH. Whoever works longer
-// between products calls stay_awake() now and then.
-struct Single {
+// dims per A, PIECES the bf16 numbers that one number is the sum of, WIDE the vectors of lanes in a tile at
+// most. SCALED says that queries are multiplied by the scale before. It takes keys in multiples of KEYS, and
+// depth in multiples of DEPTH. Whoever works longer between products calls stay_awake() now and then.
+struct InVectors {
+    static constexpr int PIECES = 1, WIDE = 3;
+    static constexpr bool IN_TILES = false, SCALED = false;
+    static TILEFOLD_INLINE void stay_awake() {}
+};
+struct Single : InVectors {
     using E = float;
     using A = float;
     static constexpr int PAIR = 1, KEYS = 1, DEPTH = 1;
-    static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F32 step(F32 acc, A a, F32 b) { return fma(a, b, acc); }
-    static TILEFOLD_INLINE void stay_awake() {}
 };
-struct Double {
+struct Double : InVectors {
     using E = double;
     using A = double;
     static constexpr int PAIR = 1, KEYS = 1, DEPTH = 1;
-    static constexpr bool IN_TILES = false;
     static TILEFOLD_INLINE F64 step(F64 acc, A a, F64 b) { return fma(a, b, acc); }
-    static TILEFOLD_INLINE void stay_awake() {}
 };
 #ifdef TILEFOLD_HAS_DOT2
-struct Dot {
+// Weights of two keys lie together; of N lanes, vectors are NEXT apart.
+struct InPairs {
     using E = float;
     using A = uint32_t;
-    static constexpr int PAIR = 2, KEYS = 2, DEPTH = 1;
-    static constexpr bool IN_TILES = false;
+    static constexpr int PAIR = 2, NEXT = LANES<float>;
+    template <int N, class X>
+    static TILEFOLD_INLINE X* pair_at(X* weights, int64_t key) {
+        return weights + key / 2 * N;
+    }
+};
+struct Dot : InVectors, InPairs {
+    static constexpr int KEYS = 2, DEPTH = 1;
     static TILEFOLD_INLINE F32 step(F32 acc, A a, U32 b) { return dot2(acc, set<uint32_t>(a), b); }
-    static TILEFOLD_INLINE void stay_awake() {}
 };
 #endif
 
 constexpr int STRIP = TILEFOLD_REGISTERS == 32 ? 8 : 4;  // rows of C held in registers
-constexpr int WIDEST = 3;                                // vectors of lanes at most
 
 // A matrix of A as it lies: element (r, k) is at[r * row + k * step].
 template <class A>
@@ -58,6 +65,14 @@ struct Source {
 
     TILEFOLD_INLINE Source from(int64_t r, int64_t k) const { return {at + r * row + k * step, row, step}; }
 };
+
+// What kernel K reads keys and values as.
+template <class K, bool IN_PIECES = (K::PIECES > 1)>
+struct Matrix_ {
+    using Type = Source<typename K::A>;
+};
+template <class K>
+using Matrix = typename Matrix_<K>::Type;
 
 // Rows of B are `pitch` elements apart.
 template <class K, int MR, int NR>

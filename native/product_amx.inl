@@ -16,11 +16,9 @@
 namespace tilefold {
 namespace {
 
-struct Amx {
-    using E = float;
-    using A = uint32_t;
-    static constexpr int PAIR = 2, KEYS = 32, DEPTH = 16;
-    static constexpr bool IN_TILES = true;
+struct Amx : InPairs {
+    static constexpr int KEYS = 32, DEPTH = 16, PIECES = 1, WIDE = 3;
+    static constexpr bool IN_TILES = true, SCALED = false;
     // The unit that multiplies tiles goes to sleep some 0.6 us after its last product and takes 0.3 us to
     // wake; loads and stores of tiles do not keep it up. No tile in these registers lives longer than a
     // product of tiles takes. In the backward pass this brings nothing.
@@ -112,7 +110,7 @@ TILEFOLD_INLINE void tile_product(Source<uint32_t> a, int64_t few, const uint32_
 #undef TILEFOLD_STORE
 
 template <class K, int NR, class Take>
-    requires(K::IN_TILES)
+    requires(K::IN_TILES && K::PIECES == 1)
 TILEFOLD_INLINE void product(Source<uint32_t> a, const uint32_t* b, int64_t depth, int64_t r0, int64_t r1,
                              Take&& take, int64_t pitch = NR * 16, int64_t lower = 0) {
     alignas(64) float c[32 * NR * 16];

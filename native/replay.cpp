@@ -31,14 +31,14 @@ struct Shape {
         check_sizes(p, q_len, kv_len);
         const int64_t group = p.heads / p.kv_heads, keys = grad_segment(p.dim, p.v_dim);
         units = p.batch * p.kv_heads;
-        tiles = ceil_div(q_len * group, k.tile_rows);
+        tiles = ceil_div(q_len * group, k.grad_rows);
         segments = segments_of(kv_len, keys);
         // Pieces may share a bias; only the arrays tell whether they do.
         slots = segments == 1 ? 0 : p.has & BIAS ? units : std::min(units, 2 * s.workers);
         Call c{};
         c.dim = p.dim, c.v_dim = p.v_dim, c.group = group, c.block_k = GRAD_BLOCK, c.softcap = p.softcap;
-        scratch = aligned(k.grad_scratch(c));
-        sums = aligned(tiles * p.dim * k.tile_rows * k.element);
+        scratch = aligned(std::max(k.grad_scratch(c), steady(k).grad_scratch(c)));
+        sums = aligned(tiles * p.dim * k.grad_rows * k.element);
         turns = aligned(tiles * int64_t(sizeof(int32_t)));
     }
 
@@ -175,7 +175,8 @@ class Backward : Sequences {
         Slot* slot = slots_.empty() || segments(p) == 1 ? nullptr : &slots_[size_t(order(p)) % slots_.size()];
         if (slot && !enter(*slot, p, w)) return;
         if (slot) to.sums = slot->sums, to.turns = slot->turns;
-        k_.grad(c_, u, call_, to, {first_row(f) * c_.group, last_row(f) * c_.group, p.segment, keys_}, w);
+        of_sequence(f, k_).grad(c_, u, call_, to,
+                                {first_row(f) * c_.group, last_row(f) * c_.group, p.segment, keys_}, w);
         if (slot) slot->left.fetch_sub(1, std::memory_order_acq_rel);
     }
 
@@ -219,7 +220,7 @@ Settings grad_plan(const Problem& p, const Kernels& k, int threads) {
                   segments = segments_of(p.kv_len, grad_segment(p.dim, p.v_dim));
     const int64_t worth = threads_worth(cells(p) * (6.0 * double(p.dim) + 4.0 * double(p.v_dim)));
     const int64_t most = std::min(units * segments, worth);
-    return {k.tile_rows, GRAD_BLOCK, segments, std::clamp<int64_t>(most, 1, threads)};
+    return {k.grad_rows, GRAD_BLOCK, segments, std::clamp<int64_t>(most, 1, threads)};
 }
 
 int64_t grad_workspace(const Problem& p, const Kernels& k, const Settings& s) {

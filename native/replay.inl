@@ -51,11 +51,12 @@ void clean(const E* from, int64_t n, E* to) {
     }
 }
 
-template <class K, class T>
+// S is the kernel whose scores the forward pass had: weights are theirs only if scores are the same.
+template <class K, class T, class S>
 struct Replay {
     using E = typename K::E;
     using A = typename K::A;
-    static constexpr int NR = WIDEST, W = LANES<E>, N = NR * W;
+    static constexpr int NR = K::WIDE, W = LANES<E>, N = NR * W;
     static constexpr bool PACKED = !__is_same(T, E), IN_TILES = K::IN_TILES;
     static_assert(K::PAIR == 1 || (IN_TILES && N % 16 == 0));  // a row and its lower halves: whole tiles
     // In tiles, pairs: of a block's keys, and of a tile's rows.
@@ -68,17 +69,19 @@ struct Replay {
     Worker& w;
     const int64_t segment, dims, v_dims;  // keys per segment; vectors of dims
     const int64_t depth, v_depth;         // of products over dims, in A
+    const int64_t score_depth;            // the same of scores, in S's
     const bool capped;
 
     // Of the segment.
     int64_t s0 = 0, s1 = 0;
     A *own_keys, *own_values;    // [segment][depth], [segment][v_depth]: packed, where storage is not E
+    typename S::A* key_pieces;   // [block][32 keys …], where scores are multiplied in pieces
     A* keys_across;              // in tiles: [block][dim][KEY_PAIRS], without what is not finite
     Source<A> keys{}, values{};  // from key s0
     E *dk, *dv;                  // [segment][dims · W]
     bool odd_keys[8];            // per block: a key or value that is not finite
     // Of the tile.
-    Lanes<K, T, NR> lanes;
+    Lanes<S, T, NR> lanes;
     E *q, *dout;              // [N][dims · W], [N][v_dims · W]
     A* dout_columns;          // [v_depth][N]
     A *q_pairs, *dout_pairs;  // in tiles: [2][ROW_PAIRS][dims · W] and so on, without what is not finite
@@ -103,13 +106,15 @@ struct Replay {
           v_dims((c.v_dim + W - 1) / W),
           depth(up(c.dim, K::PAIR * K::DEPTH) / K::PAIR),
           v_depth(up(c.v_dim, K::PAIR * K::DEPTH) / K::PAIR),
+          score_depth(up(c.dim, S::PAIR * S::DEPTH) / S::PAIR),
           capped(c.softcap != NO_SOFTCAP) {
         own_keys = a.template take<A>(PACKED ? segment * depth : 0);
         own_values = a.template take<A>(PACKED ? segment * v_depth : 0);
+        key_pieces = a.template take<typename S::A>(S::PIECES > 1 ? segment * score_depth * S::PIECES : 0);
         keys_across = a.template take<A>(IN_TILES ? segment / GRAD_BLOCK * c.dim * KEY_PAIRS : 0);
         dk = a.template take<E>(segment * dims * W);
         dv = a.template take<E>(segment * v_dims * W);
-        lanes.lay_out_queries(depth, a);
+        lanes.lay_out_queries(score_depth, a);
         q = a.template take<E>(N * dims * W);
         dout = a.template take<E>(N * v_dims * W);
         dout_columns = a.template take<A>(v_depth * N);
@@ -157,6 +162,9 @@ struct Replay {
             const int64_t count = least(c.block_k, n - j), number = j / c.block_k;
             odd_keys[number] = !finite_rows<E>(k + j * c.k.row, c.k.row, c.k.col, count, c.dim) ||
                                !finite_rows<E>(v + j * c.v.row, c.v.row, c.v.col, count, c.v_dim);
+            if constexpr (S::PIECES > 1)
+                pack_key_tiles(S{}, Rowed<T>{k + j * c.k.row, c.k.row, c.k.col}, count, c.dim,
+                               key_pieces + j * score_depth * S::PIECES);
             if constexpr (IN_TILES) {
                 A* const across = keys_across + number * c.dim * KEY_PAIRS;
                 pack_value_pairs({k + j * c.k.row, c.k.row, c.k.col}, count, c.dim, across, KEY_PAIRS);
@@ -191,7 +199,7 @@ struct Replay {
 
     void open_tile(int64_t r0, int64_t rows) {
         const T* const douts = static_cast<const T*>(to.dout);
-        lanes.pack(c, u, depth);
+        lanes.pack(c, u, score_depth);
         pack_rows<T, E>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, dims * W, q);
         pack_rows<T, E>(douts, g.dout, c.group, r0, rows, c.v_dim, v_dims * W, dout);
         if constexpr (IN_TILES)
@@ -295,10 +303,9 @@ struct Replay {
         // In tiles what is not finite has been taken out already.
         const bool hides = kind == Kind::EDGE || u.bias || IN_TILES;
         const bool careful = hides && (odd || odd_keys[(k0 - s0) / c.block_k]);
-        Vec<E> top[NR];
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = Vec<E>{}; });
-        lanes.score(c, u, keys.from(k0 - s0, 0), depth, k0, j0, j1, kind, p, top,
-                    capped ? before_bias : nullptr);
+        lanes.score_surely(c, u, score_keys(k0 - s0), score_depth, k0, j0, j1, kind, p,
+                           capped ? before_bias : nullptr,
+                           {static_cast<const T*>(u.k) + k0 * c.k.row, c.k.row, c.k.col});
         weights(n);
         if (careful) {
             lanes.note_seen(c, u, j0, n, seen);
@@ -316,6 +323,13 @@ struct Replay {
             reduce(keys.from(first, 0), q, dout, first, n);
         }
         if (careful) add_odd(first, n);
+    }
+
+    Matrix<S> score_keys(int64_t from) const {
+        if constexpr (S::PIECES > 1)
+            return {key_pieces + from * score_depth * S::PIECES, 32 * score_depth * S::PIECES};
+        else
+            return keys.from(from, 0);
     }
 
     void weights(int64_t n) const {
@@ -554,7 +568,7 @@ struct Replay {
             if (number < first || number > last) continue;
             const int64_t j0 = most(s0, lanes.sight.first), j1 = least(s1, lanes.sight.last);
             for (int64_t k0 = s0 + (j0 - s0) / c.block_k * c.block_k; k0 < j1; k0 += c.block_k)
-                block(k0, most(k0, j0 / K::KEYS * K::KEYS), least(k0 + c.block_k, j1));
+                block(k0, most(k0, j0 / S::KEYS * S::KEYS), least(k0 + c.block_k, j1));
             if (to.dbias && g.dbias.col == 0 && j0 < j1)
                 add_row_sums();  // without keys there may be no dbias
             hand_over(tile, number, first, last);
@@ -563,28 +577,28 @@ struct Replay {
     }
 };
 
-template <class K, class T>
+template <class K, class T, class S = K>
 void replay_gradient(const Call& c, const Unit& u, const GradCall& g, const GradUnit& to,
                      const GradPiece& piece, Worker& w) {
     Arena a{w.scratch};
 #ifdef TILEFOLD_HAS_TILES
-    if constexpr (K::IN_TILES) {
+    if constexpr (S::IN_TILES) {
         const TileRegisters ours;
-        Replay<K, T>(c, u, g, to, w, a).run(piece);
+        Replay<K, T, S>(c, u, g, to, w, a).run(piece);
         return;
     }
 #endif
-    Replay<K, T>(c, u, g, to, w, a).run(piece);
+    Replay<K, T, S>(c, u, g, to, w, a).run(piece);
 }
 
-template <class K, class T>
+template <class K, class T, class S = K>
 int64_t gradient_scratch(const Call& c) {
     static const Unit u{};
     static const GradCall g{};
     static const GradUnit to{};
     Worker w{};
     Arena a{nullptr};
-    Replay<K, T>(c, u, g, to, w, a);
+    Replay<K, T, S>(c, u, g, to, w, a);
     return a.bytes;
 }
 

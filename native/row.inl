@@ -308,6 +308,7 @@ int64_t scratch_of(const Call& c, int64_t rows) {
     static const Unit u{};
     Arena tiles{nullptr}, few{nullptr};
     Tiles<K, T>(c, u, w, rows, tiles);
+    if constexpr (K::PIECES > 1) return tiles.bytes;
     Rows<K, T, FEW_ROWS>(c, u, w, 0, 1, few);  // the last piece of many rows may be one of few
     int64_t bytes = most(tiles.bytes, few.bytes);
 #ifdef TILEFOLD_HAS_TILES

@@ -51,7 +51,7 @@ class Ahead {
           left_(u.bias && c.bias.col == 1 ? rows : 0),
           at_once_((rows * strip + j1 - j0 - 1) / (j1 - j0)) {}
 
-    // Called once per strip of keys.
+    // Called once for every `strip` keys.
     TILEFOLD_INLINE void step() {
         for (int64_t n = least(at_once_, left_); n > 0; n--, left_--, row_.next())
             for (int64_t b = 0; b < bytes_; b += 64)
@@ -166,7 +166,7 @@ bool sees_any(const Call& c, const Unit& u, const Row& row) {
 // Transforms the scaled products s[key][N] of keys j0 … j1 in place, one vector of lanes at a time; `top`
 // takes each lane's maximum. `edge` says whether spans must be tested; `capped_to` may take what the softcap
 // gave.
-template <class E, int NR>
+template <class K, class E, int NR>
 void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sight, int64_t r0, int64_t rows,
                    int64_t j0, int64_t j1, bool edge, E* s, Vec<E> (&top)[NR], E* capped_to) {
     constexpr int W = LANES<E>, N = NR * W;
@@ -181,17 +181,20 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
         int64_t query[W], bias_at[W], cells_at[W];
         Vec<E> slope{}, at{};
         Row each_row(r0 + least(v * W, rows - 1), c.group);
-        for (int k = 0; k < W; k++) {
+        for (int k = 0; k < W; k++) {  // what nobody asks for is not worked out: this is a tenth of the time
             query[k] = each_row.query;
-            bias_at[k] = each_row.at(c.bias);
-            cells_at[k] = each_row.at(c.cells);
-            if (u.alibi) slope[k] = E(u.alibi[each_row.head]);
-            at[k] = E(each_row.query + u.band.offset - j0);
-            near &= holds<E>(each_row.query + u.band.offset - j0, c.block_k);
+            if (u.bias) bias_at[k] = each_row.at(c.bias);
+            if (singles) cells_at[k] = each_row.at(c.cells);
+            if (u.alibi) {
+                slope[k] = E(u.alibi[each_row.head]);
+                at[k] = E(each_row.query + u.band.offset - j0);
+                near &= holds<E>(each_row.query + u.band.offset - j0, c.block_k);
+            }
             if (v * W + k + 1 < rows) each_row.next();
         }
         for (int64_t j = j0; j < j1; j += W) {
             const int64_t keys = least(W, j1 - j);
+            if ((j - j0) % 32 == 0) K::stay_awake();
             Vec<E> bias[W], cells[W];
             M seen[W];
             if (u.bias) {
@@ -217,12 +220,20 @@ void finish_scores(const Call& c, const Unit& u, const Sight<NR * LANES<E>>& sig
             E* row = s + (j - j0) * N + v * W;
             if (only_bias) {
                 M odd{};
-                for (int64_t k = 0; k < keys; k++) {
+                const auto add = [&](int64_t k, Vec<E>& highest) TILEFOLD_LAMBDA {
                     const Vec<E> x = load(row + k * N) + bias[k];
                     odd |= x != x;
-                    top[v] = max(x, top[v]);
+                    highest = max(x, highest);
                     store(row + k * N, x);
+                };
+                Vec<E> other[3] = {top[v], top[v], top[v]};  // keys would wait for one another's maximum
+                int64_t k = 0;
+                for (; k + 4 <= keys; k += 4) {
+                    add(k, top[v]);
+                    each<3>([&](auto i) TILEFOLD_LAMBDA { add(k + 1 + i, other[i]); });
                 }
+                for (; k < keys; k++) add(k, top[v]);
+                each<3>([&](auto i) TILEFOLD_LAMBDA { top[v] = max(other[i], top[v]); });
                 // A hidden score is −inf now, or NaN if it was NaN or +inf.
                 for (int64_t k = 0; k < keys && any(odd); k++) {
                     const Vec<E> x = load(row + k * N);
@@ -276,43 +287,96 @@ struct Lanes {
 
     int64_t r0, rows;
     Sight<N> sight;
-    A* queries;  // Qᵀ, [depth][N]
+    A* queries;  // Qᵀ, [depth][N]; in pieces times the scale, as pack_query_tiles gives it
 
-    void lay_out_queries(int64_t depth, Arena& a) { queries = a.template take<A>(depth * N); }
+    void lay_out_queries(int64_t depth, Arena& a) { queries = a.template take<A>(depth * K::PIECES * N); }
 
     void look(const Call& c, const Unit& u, int64_t r0_, int64_t rows_) {
         r0 = r0_, rows = rows_;
         sight.look(c, u, r0, rows);
     }
     void pack(const Call& c, const Unit& u, [[maybe_unused]] int64_t depth) {
+        if constexpr (K::PIECES > 1)
+            return pack_query_tiles(K{}, Int<N>{}, static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim,
+                                    K::SCALED ? E(c.scale) : E(1), queries);
         if constexpr (K::PAIR == 1)
             pack_columns<T, E, N>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, queries);
 #ifdef TILEFOLD_HAS_DOT2
-        else
+        else if constexpr (K::PIECES == 1)
             pack_column_pairs<N>(static_cast<const T*>(u.q), c.q, c.group, r0, rows, c.dim, depth, queries);
 #endif
     }
 
+    // Keys that are multiplied at a time.
+    static constexpr int AT_ONCE = K::PIECES > 1 ? 32 : STRIP;
+
+    // take(key of the block, acc) for the products of keys j0 … j1, strip by strip; meanwhile() is called
+    // every AT_ONCE keys. Where K multiplies pieces, products lie in `s` too, and those that are not finite
+    // are made again if `raw` has the rows of the block.
+    template <class Meanwhile, class Take>
+    TILEFOLD_INLINE void multiply([[maybe_unused]] const Call& c, [[maybe_unused]] const Unit& u,
+                                  Matrix<K> keys, int64_t depth, int64_t j0, int64_t j1,
+                                  [[maybe_unused]] E* s, [[maybe_unused]] const Rowed<T>* raw,
+                                  Meanwhile&& meanwhile, Take&& take) const {
+        if constexpr (K::PIECES == 1) {
+            product<K, NR>(keys, queries, depth, j0, j1, [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
+                meanwhile();
+                take(j, acc);
+            });
+        } else {
+            for (int64_t j = j0; j < j1; j += AT_ONCE) {
+                meanwhile();
+                multiply_rows<K, NR, true>(keys.from(j, 0), queries, depth, least(AT_ONCE, j1 - j),
+                                           s + j * N);
+            }
+            if (raw)
+                for (int64_t j = j0; j < j1; j++)
+                    for (int r = 0; r < N; r++) {
+                        E& x = s[j * N + r];
+                        if (x - x != 0) x = product_of(c, u, r, raw->from(j), raw->col);
+                    }
+            each_strip<NR>(s + j0 * N, j0, j1, take);
+        }
+    }
+
+    // One scaled product, as a chain of multiply-adds over the dims.
+    E product_of(const Call& c, const Unit& u, int r, const T* key, int64_t col) const {
+        const T* const q = static_cast<const T*>(u.q) + row_at(c.q, c.group, r0 + least(r, rows - 1));
+        E sum = 0;
+        for (int64_t d = 0; d < c.dim; d++) sum = __builtin_fma(one(key[d * col]), one(q[d * c.q.col]), sum);
+        return K::SCALED ? sum * E(c.scale) : sum;
+    }
+
+    static TILEFOLD_INLINE Vec<E> scaled(Vec<E> x, Vec<E> scale) {
+        if constexpr (K::SCALED)
+            return x;
+        else
+            return x * scale;
+    }
+
     // Scores of keys j0 … j1 into scores[j − j0][N]; raises `top`. `keys` stand at key k0. `capped` takes the
-    // scores after the softcap, where there is one.
-    void score(const Call& c, const Unit& u, Source<A> keys, int64_t depth, int64_t k0, int64_t j0,
-               int64_t j1, Kind kind, E* scores, Vec<E> (&top)[NR], E* capped = nullptr) const {
+    // scores after the softcap, where there is one; `raw` as multiply() wants it.
+    void score(const Call& c, const Unit& u, Matrix<K> keys, int64_t depth, int64_t k0, int64_t j0,
+               int64_t j1, Kind kind, E* scores, Vec<E> (&top)[NR], E* capped = nullptr,
+               const Rowed<T>* raw = nullptr) const {
         const bool plain = c.softcap == NO_SOFTCAP && !u.bias && !u.alibi && !sight.holes;
         const bool edge = kind == Kind::EDGE;
         E* const s = scores - (j0 - k0) * N;  // by key of the block
         const Vec<E> scale = set<E>(E(c.scale)), none = set<E>(-INFINITE<E>);
         if (!plain) {
-            Ahead ahead(c, u, r0, rows, j0, j1, STRIP);
+            Ahead ahead(c, u, r0, rows, j0, j1, AT_ONCE);
             const auto keep = [&](int64_t j, auto& acc) TILEFOLD_LAMBDA {
                 constexpr int MR = int(sizeof(acc) / sizeof(acc[0]));
                 E* const to = s + j * N;
-                ahead.step();
-                each<MR>([&](auto r) TILEFOLD_LAMBDA {
-                    each<NR>([&](auto i) TILEFOLD_LAMBDA { store(to + r * N + i * W, acc[r][i] * scale); });
-                });
+                if constexpr (!K::SCALED)
+                    each<MR>([&](auto r) TILEFOLD_LAMBDA {
+                        each<NR>([&](auto i)
+                                     TILEFOLD_LAMBDA { store(to + r * N + i * W, acc[r][i] * scale); });
+                    });
             };
-            product<K, NR>(keys, queries, depth, j0 - k0, j1 - k0, keep);
-            finish_scores<E, NR>(c, u, sight, r0, rows, j0, j1, edge, scores, top, capped);
+            multiply(
+                c, u, keys, depth, j0 - k0, j1 - k0, s, raw, [&]() TILEFOLD_LAMBDA { ahead.step(); }, keep);
+            finish_scores<K, E, NR>(c, u, sight, r0, rows, j0, j1, edge, scores, top, capped);
             return;
         }
         Mask<E> lo[NR]{}, hi[NR]{};  // relative to the block
@@ -333,7 +397,8 @@ struct Lanes {
                 each<MR>([&](auto r) TILEFOLD_LAMBDA {
                     const Mask<E> at = Mask<E>{} + typename Float<E>::Integer(j + r);
                     each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                        const Vec<E> x = select<E>((lo[i] <= at) & (hi[i] > at), acc[r][i] * scale, none);
+                        const Vec<E> x =
+                            select<E>((lo[i] <= at) & (hi[i] > at), scaled(acc[r][i], scale), none);
                         highest[i] = max(x, highest[i]);
                         store(to + r * N + i * W, x);
                     });
@@ -343,8 +408,8 @@ struct Lanes {
             Vec<E> strip_top[NR];  // a chain of its own: through `highest` strips would wait for one another
             each<MR>([&](auto r) TILEFOLD_LAMBDA {
                 each<NR>([&](auto i) TILEFOLD_LAMBDA {
-                    const Vec<E> x = acc[r][i] * scale;
-                    store(to + r * N + i * W, x);
+                    const Vec<E> x = scaled(acc[r][i], scale);
+                    if constexpr (!K::SCALED) store(to + r * N + i * W, x);
                     if constexpr (r == 0)
                         strip_top[i] = x;
                     else
@@ -353,8 +418,22 @@ struct Lanes {
             });
             each<NR>([&](auto i) TILEFOLD_LAMBDA { highest[i] = max(strip_top[i], highest[i]); });
         };
-        product<K, NR>(keys, queries, depth, j0 - k0, j1 - k0, finish);
+        multiply(c, u, keys, depth, j0 - k0, j1 - k0, s, raw, []() TILEFOLD_LAMBDA {}, finish);
         each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = highest[i]; });
+    }
+
+    // The same where nobody looks at what comes of it: products that the pieces of numbers do not give are
+    // made from the rows of the block.
+    void score_surely(const Call& c, const Unit& u, Matrix<K> keys, int64_t depth, int64_t k0, int64_t j0,
+                      int64_t j1, Kind kind, E* scores, E* capped, const Rowed<T>& raw) const {
+        Vec<E> top[NR]{};
+        score(c, u, keys, depth, k0, j0, j1, kind, scores, top, capped);
+        if constexpr (K::PIECES > 1) {
+            Mask<E> odd{};
+            for (const E *s = scores, *end = scores + (j1 - j0) * N; s < end; s += W)
+                odd |= load(s) != load(s);
+            if (any(odd)) score(c, u, keys, depth, k0, j0, j1, kind, scores, top, capped, &raw);
+        }
     }
 
     // Which lanes see which of the keys from j0 on, [keys][N].

@@ -1,8 +1,8 @@
 // Units are pairs of a sequence and a key head; a unit falls into tiles of query rows; a tile is one piece,
 // or one per segment of keys. Pieces are taken from one counter: units with the most work first, in a unit
-// the last rows first, because under a diagonal they see the most keys. The fact to know: workers go through
-// units in order, so at most `workers` units are in work, and panels of packed keys and values exist for
-// workers + 1 units only.
+// the last rows first, because under a diagonal they see the most keys. The fact to know: of a sequence as
+// many units are in work at a time as there are workers, and panels of packed keys and values exist for so
+// many only.
 
 #include "sweep.h"
 
@@ -37,14 +37,20 @@ struct Shape {
         c.page = p.layout == PAGED;
         c.kv_type = p.kv_dtype;
         c.taps.any = p.want & ROWS;
-        c.pack_keys = k.multiple > 1;  // whether they lie in pairs is known only with the arrays
-        scratch = k.scratch(c, std::min(s.tile_rows, std::max<int64_t>(q_len * group, 1)));
+        c.pack_keys = packs_pairs(k);  // whether they lie in pairs is known only with the arrays
+        const int64_t rows = std::min(s.tile_rows, std::max<int64_t>(q_len * group, 1));
+        scratch = 0;
+        if (k.steady) scratch = k.steady->scratch(c, std::min<int64_t>(rows, k.steady_rows));
+        scratch = std::max(scratch, k.scratch(c, rows));
         const bool panels = k.value_bytes && tiles > 1 && s.splits == 1;
-        slots = panels ? std::min(units, s.workers + 1) : 0;
+        slots = panels ? std::min(units, s.workers) : 0;
         panel_blocks = panels ? ceil_div(kv_len, s.block_k) : 0;
         const int64_t key_bytes = c.pack_keys ? k.value_bytes : k.key_bytes;
         panel_keys = aligned(panel_blocks * s.block_k * up(p.dim, k.multiple) * key_bytes);
-        panel_values = aligned(panel_blocks * up(s.block_k, k.multiple) * p.v_dim * k.value_bytes);
+        panel_values =
+            aligned(panel_blocks * up(s.block_k, k.multiple) * up(p.v_dim, k.packed_rows) * k.value_bytes);
+        if (double(slots) * double(slot_bytes()) > double(k.panels))
+            slots = panel_blocks = panel_keys = panel_values = 0;
         state = aligned(std::min(s.tile_rows, q_len * group) * state_elements(p.v_dim) * k.element);
         states = s.splits > 1 ? units * tiles * segments : 0;
         counters = s.splits > 1 ? units * tiles : 0;
@@ -67,10 +73,9 @@ class Sweep : Sequences {
     Sweep(const Problem& p, const Kernels& k, const Settings& s, const Arrays& a, const Selection& part,
           Stop& stop)
         : Sequences(p, a, part, s.block_k), k_(k), s_(s), stop_(stop) {
-        const bool pairs = k.value_bytes && !k.key_bytes;
-        c_.pack_keys =
-            pairs && (is_code(p.kv_dtype) ? p.dim % k.multiple : strided_keys(a.k, p.dim, k.multiple));
-        codes_ = k.codes && is_integer(p.kv_dtype) && !(p.want & (INVARIANT | GRAD | KEYS)) &&
+        c_.pack_keys = packs_pairs(k) &&
+                       (is_code(p.kv_dtype) ? p.dim % k.multiple : strided_keys(a.k, p.dim, k.multiple));
+        codes_ = steady(k).codes && is_integer(p.kv_dtype) && !(p.want & (INVARIANT | GRAD | KEYS)) &&
                  whole(c_.k_pages, p.dim) && whole(c_.v_pages, p.v_dim);
     }
 
@@ -167,23 +172,29 @@ class Sweep : Sequences {
         n -= at ? ends_[at - 1] : 0;
         const int64_t tiles_here = tiles(f), segments_here = segments(f),
                       per_unit = tiles_here * segments_here;
-        const int64_t head = n / per_unit, rest = n % per_unit;
+        // As many units alternate as there are workers, so that each mostly has its own near.
+        const int64_t team = std::min(kv_heads(), s_.workers), begin = n / (per_unit * team) * team;
+        const int64_t width = std::min(team, kv_heads() - begin);
+        n -= begin * per_unit;
+        const int64_t head = begin + n % width, rest = n / width;
         const int64_t tile = tiles_here - 1 - rest / segments_here;
         Unit u = unit(f, head);
-        u.codes = codes_ && f.q_len * group_ <= k_.few_rows;
+        const Kernels& k = of_sequence(f, k_);
+        u.codes = codes_ && f.q_len * group_ <= k.few_rows;
         Piece piece{};
         piece.r0 = u.first_row * c_.group + tile * s_.tile_rows;
         piece.r1 = std::min(piece.r0 + s_.tile_rows, last_row(f) * c_.group);
         const int64_t order = int64_t(at) * kv_heads() + head;  // of the unit
         if (s_.splits > 1) {
-            split(u, piece, order, tile, rest % segments_here, segments_here, w);
+            split(k, u, piece, order, tile, rest % segments_here, segments_here, w);
             return;
         }
         piece.segment = -1;
-        Slot* slot = slots_.empty() || tiles_here == 1 ? nullptr : &slots_[size_t(order) % slots_.size()];
+        Slot* slot =
+            slots_.empty() || tiles_here == 1 || &k != &k_ ? nullptr : &slots_[size_t(order) % slots_.size()];
         if (slot && !enter(*slot, order, tiles_here, rest == 0, w)) return;
         if (slot) u.panel = slot->panel;
-        fold_piece(u, piece, w);
+        fold_piece(k, u, piece, w);
         if (slot) slot->left.fetch_sub(1, std::memory_order_acq_rel);
     }
 
@@ -206,14 +217,14 @@ class Sweep : Sequences {
     }
 
     // One segment of a tile; the worker that brings the last one joins them.
-    void split(const Unit& u, Piece& piece, int64_t order, int64_t tile, int64_t segment, int64_t segments,
-               Worker& w) {
+    void split(const Kernels& k, const Unit& u, Piece& piece, int64_t order, int64_t tile, int64_t segment,
+               int64_t segments, Worker& w) {
         const int64_t tiles_most = ceil_div(q_most_ * group_, s_.tile_rows);
         const int64_t job = order * tiles_most + tile;
         char* const states = states_ + job * most_segments() * state_bytes_;
         piece.segment = segment;
         piece.state = states + segment * state_bytes_;
-        fold_piece(u, piece, w);
+        fold_piece(k, u, piece, w);
         if (std::atomic_ref<int32_t>(undone_[job]).fetch_add(1, std::memory_order_acq_rel) + 1 == segments) {
             piece.state = states;
             k_.join(c_, u, piece, segments, state_bytes_);
@@ -221,11 +232,11 @@ class Sweep : Sequences {
     }
     int64_t most_segments() const { return std::max<int64_t>(1, ceil_div(kv_most_, SEGMENT)); }
 
-    void fold_piece(const Unit& u, const Piece& piece, Worker& w) {
-        if (piece.r1 - piece.r0 <= k_.few_rows && !c_.taps.any)
-            (u.codes ? k_.codes : k_.row)(c_, u, piece, w);
+    void fold_piece(const Kernels& k, const Unit& u, const Piece& piece, Worker& w) {
+        if (piece.r1 - piece.r0 <= k.few_rows && k.row && !c_.taps.any)
+            (u.codes ? k.codes : k.row)(c_, u, piece, w);
         else
-            k_.tile(c_, u, piece, w);
+            k.tile(c_, u, piece, w);
     }
 
     const Kernels& k_;
@@ -267,9 +278,17 @@ int64_t best_together(int64_t units, int64_t tiles, int threads, const Kernels& 
     return best;
 }
 
+// The kernels that a call has, of those for its type.
+const Kernels& of_call(const Problem& p, const Kernels& k) {
+    const int64_t rows = p.q_len * (p.heads / std::max<int64_t>(p.kv_heads, 1));
+    const bool few = p.layout != VARLEN && rows <= k.steady_rows;
+    return few || p.want & INVARIANT ? steady(k) : k;
+}
+
 }  // namespace
 
-Settings plan(const Problem& p, const Kernels& k, int threads) {
+Settings plan(const Problem& p, const Kernels& kernels, int threads) {
+    const Kernels& k = of_call(p, kernels);
     Settings s{};
     const int64_t rows = std::max<int64_t>(1, p.q_len * (p.heads / p.kv_heads));
     const int64_t units = p.layout == VARLEN ? p.kv_heads : p.batch * p.kv_heads;
@@ -293,7 +312,8 @@ Settings plan(const Problem& p, const Kernels& k, int threads) {
     return resized(p, k, s);
 }
 
-Settings resized(const Problem& p, const Kernels& k, Settings s) {
+Settings resized(const Problem& p, const Kernels& kernels, Settings s) {
+    const Kernels& k = of_call(p, kernels);
     const int64_t group = std::max<int64_t>(1, p.heads / p.kv_heads),
                   rows = std::max<int64_t>(1, p.q_len * group);
     // Plans count rows per head, rounded up: what comes back from one must be what was planned.
@@ -315,15 +335,15 @@ Settings resized(const Problem& p, const Kernels& k, Settings s) {
     return s;
 }
 
-int64_t workspace(const Problem& p, const Kernels& k, const Settings& s) {
+int64_t workspace(const Problem& p, const Kernels& kernels, const Settings& s) {
     if (!p.batch || !p.q_len || !p.heads) return 0;
-    return Shape(p, k, s, p.q_len, p.kv_len).bytes(s.workers);
+    return Shape(p, of_call(p, kernels), s, p.q_len, p.kv_len).bytes(s.workers);
 }
 
 Report fold(const Problem& p, const Kernels& kernels, const Settings& s, const Arrays& a,
             const Selection& part, Team team, Stop& stop) {
     if (!p.batch || !p.q_len || !p.heads) return {};
-    return Sweep(p, kernels, s, a, part, stop).run(team);
+    return Sweep(p, of_call(p, kernels), s, a, part, stop).run(team);
 }
 
 }  // namespace tilefold

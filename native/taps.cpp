@@ -22,7 +22,7 @@ class Tapping : Sequences {
         : Sequences(p, a, part, k.block_k, true), k_(k), workers_(workers), pools_(pools), stop_(stop) {
         c_.v_dim = 0;
         c_.taps = {};
-        c_.pack_keys = k.multiple > 1;
+        c_.pack_keys = packs_pairs(k);
     }
 
     Report run(Team team) {
@@ -37,7 +37,7 @@ class Tapping : Sequences {
         KeyTaps sizes{};
         sizes.pools = int(pools_.keys.size()), sizes.maps = int(pools_.maps.size());
         sizes.cells = int(pools_.cells.size());
-        scratch_bytes_ = aligned(k_.tap_scratch(c_, sizes));
+        scratch_bytes_ = aligned(std::max(k_.tap_scratch(c_, sizes), steady(k_).tap_scratch(c_, sizes)));
         most_segments_ = ceil_div(longest, SEGMENT);
         double aside = 0;
         for (const Pools::Map& map : pools_.maps) aside += double(map.rows) * double(most_segments_);
@@ -72,7 +72,8 @@ class Tapping : Sequences {
             const Frame& f = frames_[at];
             const int64_t here = n - (at ? ends_[at - 1] : 0), head = here / segments(f);
             KeyTaps taps = of(f, at, head);
-            k_.tap(c_, unit(f, head), taps, {first_row(f), last_row(f), here % segments(f)}, w);
+            of_sequence(f, k_).tap(c_, unit(f, head), taps, {first_row(f), last_row(f), here % segments(f)},
+                                   w);
         }
     }
 

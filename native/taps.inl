@@ -2,7 +2,7 @@
 // keys in taps.py.
 //
 // A piece is one segment of the keys of one query head; tiles of query rows pass through it, up to MOST_TILES
-// at a time, block by block. Per score: 2·dim flops and 14 vector operations (subtract, 11 of exp, load,
+// at a time, block by block. Per score: 2·dim flops and 14 vector operations (subtract, 11 of exp or 8, load,
 // store), then a load and an addition for each pool and each map. A pool keeps one sum per key and lane, in
 // the second cache; lanes are added in double once in FLUSH groups of tiles, so that no chain of additions
 // is longer than FLUSH · MOST_TILES. A map's bin within a block is summed down the keys first, lanes apart,
@@ -20,7 +20,7 @@ template <class K, class T>
 struct Taps {
     using E = typename K::E;
     using A = typename K::A;
-    static constexpr int NR = WIDEST, W = LANES<E>, N = NR * W;
+    static constexpr int NR = K::WIDE, W = LANES<E>, N = NR * W;
 
     const Call& c;
     const Unit& u;
@@ -92,9 +92,8 @@ struct Taps {
         const Kind kind = tile.sight.kind(c, u, tile.r0, tile.rows, j0, j1);
         if (kind == Kind::EMPTY) return;
         const Block<K> b = desk.block(k0, least(k0 + c.block_k, u.kv_len));
-        Vec<E> top[NR];
-        each<NR>([&](auto i) TILEFOLD_LAMBDA { top[i] = Vec<E>{}; });
-        tile.score(c, u, b.keys, desk.depth, k0, j0, j1, kind, desk.scores, top);
+        if constexpr (K::PIECES > 1) desk.bring_rows(k0, least(k0 + c.block_k, u.kv_len));
+        tile.score_surely(c, u, b.keys, desk.depth, k0, j0, j1, kind, desk.scores, nullptr, desk.k);
         weigh(shift + n * N, j1 - j0);
         for (int p = 0; p < taps.pools; p++) add_to_pool(n, p, j0, j1 - j0);
         for (int m = 0; m < taps.maps; m++) add_to_map(n, m, j0, j1);

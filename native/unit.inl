@@ -6,6 +6,7 @@
 #include "product.inl"
 #ifdef TILEFOLD_HAS_TILES
 #include "product_amx.inl"
+#include "product_pieces.inl"
 #endif
 #include "pack.inl"
 #include "scores.inl"

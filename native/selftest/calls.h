@@ -13,12 +13,13 @@ namespace {
 const Kernels* watched;
 int64_t scratch_bytes;
 
-template <auto kernel>
+// Those of a sequence of few rows, or those of the call.
+template <auto kernel, bool STEADY = true>
 void watch(const Call& c, const Unit& u, const Piece& p, Worker& w) {
     char* const end = w.scratch + scratch_bytes;
     blank(w.scratch, scratch_bytes);
     guard(end);
-    (watched->*kernel)(c, u, p, w);
+    ((STEADY ? steady(*watched) : *watched).*kernel)(c, u, p, w);
     expect(unguard(end), p.r1 - p.r0 <= watched->few_rows ? "few rows wrote beyond the end of their scratch"
                                                           : "a tile wrote beyond the end of its scratch");
 }
@@ -28,7 +29,7 @@ void watch_gradient(const Call& c, const Unit& u, const GradCall& g, const GradU
     char* const end = w.scratch + scratch_bytes;
     blank(w.scratch, scratch_bytes);
     guard(end);
-    watched->grad(c, u, g, to, p, w);
+    steady(*watched).grad(c, u, g, to, p, w);
     expect(unguard(end), "a gradient wrote beyond the end of its scratch");
 }
 
@@ -36,27 +37,37 @@ void watch_taps(const Call& c, const Unit& u, const KeyTaps& taps, const TapPiec
     char* const end = w.scratch + scratch_bytes;
     blank(w.scratch, scratch_bytes);
     guard(end);
-    watched->tap(c, u, taps, p, w);
+    steady(*watched).tap(c, u, taps, p, w);
     expect(unguard(end), "taps wrote beyond the end of their scratch");
 }
 
 Kernels watch_kernels(const Kernels& kernels) {
     watched = &kernels;
     Kernels k = kernels;
-    k.scratch = [](const Call& c, int64_t rows) {
-        return (scratch_bytes = watched->scratch(c, rows)) + GUARD;
+    static Kernels few;
+    if (k.steady) {  // which is asked for its scratch first
+        few = steady(kernels);
+        k.steady = &few;
+        k.tile = watch<&Kernels::tile, false>;
+        k.scratch = [](const Call& c, int64_t rows) {
+            return (scratch_bytes = std::max(scratch_bytes, watched->scratch(c, rows))) + GUARD;
+        };
+    }
+    Kernels& all = k.steady ? few : k;
+    all.scratch = [](const Call& c, int64_t rows) {
+        return (scratch_bytes = steady(*watched).scratch(c, rows)) + GUARD;
     };
-    k.tile = watch<&Kernels::tile>;
-    k.row = watch<&Kernels::row>;
-    if (k.codes) k.codes = watch<&Kernels::codes>;
-    k.grad_scratch = [](const Call& c) {
-        return (scratch_bytes = aligned(watched->grad_scratch(c))) + GUARD;
+    all.tile = watch<&Kernels::tile>;
+    all.row = watch<&Kernels::row>;
+    if (all.codes) all.codes = watch<&Kernels::codes>;
+    all.grad_scratch = [](const Call& c) {
+        return (scratch_bytes = aligned(steady(*watched).grad_scratch(c))) + GUARD;
     };
-    k.grad = watch_gradient;
-    k.tap_scratch = [](const Call& c, const KeyTaps& taps) {
-        return (scratch_bytes = aligned(watched->tap_scratch(c, taps))) + GUARD;
+    all.grad = watch_gradient;
+    all.tap_scratch = [](const Call& c, const KeyTaps& taps) {
+        return (scratch_bytes = aligned(steady(*watched).tap_scratch(c, taps))) + GUARD;
     };
-    k.tap = watch_taps;
+    all.tap = watch_taps;
     return k;
 }
 
