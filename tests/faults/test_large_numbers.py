@@ -156,11 +156,12 @@ def typed(name):
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("sizes", [LARGEST, SMALLEST], ids=["largest", "smallest"])
-def test_extreme_values(sizes, dtype, backend):
+@pytest.mark.parametrize("rows", [5, 100])
+def test_extreme_values(rows, sizes, dtype, backend):
     """Values at either end of a type, of either sign, within the budget that the textbook has in a wider type."""
     acc = ROWS[dtype].accumulate
     rng = np.random.default_rng(0)
-    q, k = (random((2, n, 8), np.float32, n).astype(typed(dtype)) for n in (5, 40))
+    q, k = (random((2, n, 8), np.float32, n).astype(typed(dtype)) for n in (rows, 40))
     v = (rng.choice([-1.0, 1.0], (2, 40, 6)) * sizes[dtype]).astype(typed(dtype))
     if sizes is LARGEST and dtype != "float16":  # a sum of two would not fit: one key has all the weight
         q[..., 0], k[..., 0], k[:, 7, 0] = 100, -100, 100
@@ -189,9 +190,24 @@ def test_extreme_queries_and_keys(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", NAMES)
-def test_values_whose_sum_does_not_fit(backend):
+@pytest.mark.parametrize("rows", [5, 100])
+def test_the_largest_keys_meet_the_smallest_queries(rows, backend):
+    """Products of order 1 of factors at the ends of the range, some of which are infinite in fewer bits."""
+    q, k, v = (random((2, n, 8), np.float32, n) for n in (rows, 40, 41))
+    v = v[:, :40]
+    q[..., 0], k[..., 0] = 2.0**-126, np.where(k[..., 0] < 0, -1, 1) * LARGEST["float32"]
+    out, lse = tf.attention(q, k, v, return_lse=True, backend=backend)
+    right, plain = (naive(q, k, v, dtype=to) for to in (np.float64, np.float32))
+    for name, got, honest, exact in zip(("out", "lse"), (out, lse), plain, right, strict=True):
+        error = judge(name, got, [honest], exact, "float32")
+        assert error.ok, error
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("rows", [3, 100])
+def test_values_whose_sum_does_not_fit(rows, backend):
     """A state is divided at the end, so that it may overflow where the mean would not; the result says so."""
-    q, k = np.zeros((1, 3, 8), np.float32), np.zeros((1, 5, 8), np.float32)
+    q, k = np.zeros((1, rows, 8), np.float32), np.zeros((1, 5, 8), np.float32)
     v = np.full((1, 5, 2), LARGEST["float32"], np.float32)
     v[..., 1] = 1
     out = tf.attention(q, k, v, backend=backend)

@@ -31,17 +31,20 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.getrlimit(resourc
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to RLIMIT_AS")
 @pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize(
-    ("q", "k", "v"),
+    ("dtype", "q", "k", "v"),
     [
-        ((1, 2**20, 1), (1, 2, 1), (1, 2, 2**12)),
-        ((1, 1, 2**28), (1, 1, 2**28), (1, 1, 1)),
-        ((1, 1, 1), (1, 600, 1), (1, 600, 2**24)),
-        ((1, 2**12, 16), (1, 2**22, 16), (1, 2**22, 16)),
+        ("np.float16", (1, 2**20, 1), (1, 2, 1), (1, 2, 2**12)),
+        ("np.float16", (1, 1, 2**28), (1, 1, 2**28), (1, 1, 1)),
+        ("np.float16", (1, 1, 1), (1, 600, 1), (1, 600, 2**24)),
+        ("ml_dtypes.bfloat16", (1, 2**12, 16), (1, 2**24, 16), (1, 2**24, 16)),
     ],
     ids=["output", "workspace for queries", "workspace for values", "workspace for panels"],
 )
-def test_under_a_limit(q, k, v, threads):
-    said = python(SHORT + LIMIT + f"call({(q, k, v)}, np.float16)", TILEFOLD_NUM_THREADS=threads)
+def test_under_a_limit(dtype, q, k, v, threads):
+    if "ml_dtypes" in dtype:
+        pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    imports = "import ml_dtypes\n" if "ml_dtypes" in dtype else ""
+    said = python(imports + SHORT + LIMIT + f"call({(q, k, v)}, {dtype})", TILEFOLD_NUM_THREADS=threads)
     planned, refused = said.splitlines()
     asked = re.fullmatch(
         r"MemoryError: [Uu]nable to allocate (\S+) (bytes of workspace|GiB for an array.*)", refused

@@ -169,7 +169,7 @@ def test_a_poisoned_query_is_alone(hiding, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("q_len", [1, 3, 60])
+@pytest.mark.parametrize("q_len", [1, 3, 60, 100])
 def test_a_seen_value_counts_even_where_its_score_has_overflowed_to_nothing(q_len, dtype):
     """A visible score of -inf has weight 0, and 0 times NaN is NaN: that key is not hidden, whatever others hide."""
     q, k, v = (np.ones((1, n, 8), numpy_type(dtype)) for n in (q_len, q_len + 1, q_len + 1))

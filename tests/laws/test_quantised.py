@@ -143,7 +143,9 @@ class Twins:
         """(out, lse) over codes, in the bits of numbers, and over numbers."""
         return (
             tf.attention(self.q, self.cache, return_lse=True, invariant=True, **options),
-            tf.attention(self.q, self.k, self.v, kv_lengths=self.lengths, return_lse=True, **options),
+            tf.attention(
+                self.q, self.k, self.v, kv_lengths=self.lengths, return_lse=True, invariant=True, **options
+            ),
         )
 
 

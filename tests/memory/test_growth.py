@@ -102,14 +102,15 @@ def test_bytes_per_token_are_constant(backend, what):
 
 @pytest.mark.parametrize("backend", NAMES)
 def test_causal_from_1k_to_64k(backend):
-    """The whole triangle. What is held beyond the output does not grow at all once a tile is full.
+    """The whole triangle. What is held beyond the output does not grow once a tile is full.
 
-    NumPy goes a quarter of the way: that its tiles are full is enough, and what it does takes time.
+    What is packed in pieces does, but not beyond 16 MiB. NumPy goes a quarter of the way: that its tiles are full is
+    enough, and what it does takes time.
     """
     far = 65536 if backend == "native" else 16384
     peaks = {n: peak(n, "causal", backend) for n in (1024, 8192, far)}
     results = {n: n * 17 * 4 for n in peaks}
-    assert abs((peaks[far] - results[far]) - (peaks[8192] - results[8192])) < 0.2e6, peaks
+    assert (peaks[far] - results[far]) - (peaks[8192] - results[8192]) < 0.2e6, peaks
 
 
 def test_64k_tokens_take_under_64_mib():
@@ -179,7 +180,7 @@ def test_memory_bytes_is_what_the_plan_predicted(n, causal, dtype):
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native core is not installed")
 @pytest.mark.parametrize("dtype", list(ROWS))
 def test_native_takes_some_heads_of_keys_and_values_at_most(dtype):
-    """Converted keys and values of one head more than there are workers, and 2 MiB for each of these."""
+    """Converted keys and values of as many heads as there are workers, and 2 MiB for each; pieces at most 16 MiB."""
     sizes = (12, 12, 512, 4096), (12, 3, 4096, 4096), (32, 8, 1, 32768), (2, 1, 7, 65536)
     for heads, kv_heads, rows, n in sizes:
         q, k, v = arrays(n, dtype, heads, kv_heads, rows)
@@ -187,10 +188,15 @@ def test_native_takes_some_heads_of_keys_and_values_at_most(dtype):
         call.allocate()
         counted, workers = call.fold(), call.plan.workers
         in_pairs = dtype == "bfloat16" and call.plan.isa in ("avx512_bf16", "avx512_amx")
+        in_pieces = dtype in ("float32", "float16") and call.plan.isa == "avx512_amx"  # of two bytes each
         size = 2 if in_pairs else {"float64": 8}.get(dtype, 4)
-        panels = min(workers + 1, kv_heads) * n * (64 + 64) * size
+        if in_pieces:
+            size = {"float32": 6, "float16": 4}[dtype]
+        panels = min(workers, kv_heads) * n * (64 + 64) * size
+        if in_pieces and panels > 16 * MIB:
+            panels = 0
         assert counted <= panels + workers * 2 * MIB, (heads, kv_heads, rows, n, counted)
-        if dtype in ("float32", "float64") and rows > 100:  # read where they lie
+        if dtype in ("float32", "float64") and rows > 100 and not in_pieces:  # read where they lie
             assert counted <= workers * 2 * MIB, (heads, kv_heads, rows, n, counted)
 
 
