@@ -90,8 +90,11 @@ def attention(
         return_lse: also return the log-sum-exp of the scores ``(..., Hq, Sq)`` in the accumulate type.
         probes: statistics of the weights, as of `probe`; the result is then ``(out, lse, seen)``.
         out: array to write to; q's shape (with Dv), type, no memory shared with an input.
-        invariant: demand the same bits for a row whatever the shape around it; refused by backends that cannot. The
-            native core does so in any case, but for few rows over int8 and int4 on some machines, where it is slower.
+        invariant: demand the same bits for a row however many queries its sequence has, so that decoding reproduces
+            prefill; refused by backends that cannot. The native core does so in any case, but where a machine has
+            AMX: float32 and float16 are multiplied in tiles there where a sequence has more than 64 query rows (the
+            heads that share a key head counted), in other bits and about 1.4 times as fast, and up to 8 rows over
+            int8 and int4 as integers. Batch, packing, pages, plans' threads never matter.
         backend: "auto", or the name of one that must do it.
         plan: a plan from `explain` to use again.
 

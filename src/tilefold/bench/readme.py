@@ -18,7 +18,7 @@ from typing import Any
 
 from ..api import size
 from .case import Case
-from .report import rate, seconds, share
+from .report import BEYOND, rate, seconds, share
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 FIRST = ("naive", "tilefold")  # then whoever else took part, in the order of the file
@@ -100,8 +100,16 @@ def _caption(file: File) -> str:
         f"Medians of {file['rounds']} interleaved rounds on {_threads(file)} of {machine['cpu']}, by "
         f"`{file['command']}`. **Bold** is fastest, – cannot, *wrong* is out of its error budget. Memory is what was "
         f"allocated beyond the inputs, output included. Shares of peak are tilefold's, of what was measured beside it: "
-        f"{shares}."
+        f"{shares}.{_beyond(file)}"
     )
+
+
+def _beyond(file: File) -> str:
+    """How a share may be more than all, where one is."""
+    ours = (row for row in file["results"] if row["by"] == "tilefold")
+    if all((row.get("share_of_peak") or 0) <= 1 for row in ours):
+        return ""
+    return f" More than 100%: {BEYOND}."
 
 
 def _rate(file: File, roof: str) -> str:

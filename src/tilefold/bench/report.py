@@ -132,6 +132,9 @@ def _threads(run: Run) -> str:
     return "1 thread" if run.peaks.threads == 1 else f"{run.peaks.threads} threads"
 
 
+BEYOND = "float32 and float16 are multiplied as sums of bfloat16 numbers, in tiles"
+
+
 def _about_peaks(run: Run) -> Iterator[str]:
     """The roofs that shares refer to, then what else this machine can do in the same types."""
     scenarios = list({id(m.scenario): m.scenario for m in run.measured}.values())
@@ -139,6 +142,8 @@ def _about_peaks(run: Run) -> Iterator[str]:
     others = [*dict.fromkeys(name for s in scenarios for name in (*ROOFS[s.dtype], blas(s)))]
     for name in roofs:
         yield f"peak      {_best(run, name)}: what shares refer to"
+    if any((run.share(m) or 0) > 1 for m in run.measured if m.peer.name == "tilefold"):
+        yield f"          more than 100%: {BEYOND}"
     for name in others:
         if name not in roofs and run.peaks.best(name) is not None:
             yield f"          {_best(run, name)}"
