@@ -4,14 +4,16 @@
 // become vectors.
 //
 // Measured per 128 keys x 48 lanes at dim 64: products 0.31 us for scores and 0.28 for values, as the unit
-// allows; the vectors of softmax 1.0 us (8 to 10 cycles each, the two ports are full); and 0.7 us more when
-// the three follow one another, of which 0.25 were the unit waking up again (stay_awake() below). That costs
-// the vectors 0.1 us; called four times as often it costs them all that it brings. Tried without gain: the
+// allows; the vectors of softmax 1.0 us when exp took eleven instructions (8 to 10 cycles each, the two ports
+// are full); and 0.7 us more when the three follow one another, of which 0.25 were the unit waking up again
+// (stay_awake() below). That costs the vectors 0.1 us; called four times as often it costs them all that it
+// brings. With exp of eight instructions the whole takes 2.35 us, at dim 128 3.66. Tried without gain: the
 // next rows' products before this one's vectors, scores straight to their place and one pass over them there,
-// prefetch of values and accumulators during softmax, blocks of 32, 64 and 256 keys. In a loop of its own
-// also: single steps of the products of the tiles before and after woven between every two to four rows of
-// weights, 2.6 us for 2.6 at dim 64 and 3.5 for 3.8 at dim 128, too little for three tiles' scores in the
-// first cache at once.
+// prefetch of values and accumulators during softmax, blocks of 32, 64 and 256 keys, keys and values in whole
+// tiles and 32 lanes as product_pieces.inl has them (2.55 and 3.75 us). In a loop of its own also: single
+// steps of the products of the tiles before and after woven between every two to four rows of weights, 2.6 us
+// for 2.6 at dim 64 and 3.5 for 3.8 at dim 128, too little for three tiles' scores in the first cache at
+// once.
 
 namespace tilefold {
 namespace {
