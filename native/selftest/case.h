@@ -285,7 +285,7 @@ struct Data {
                                               {c.sinks, SINKS},
                                               {c.padded(), LENGTHS}};
         for (const auto& [yes, bit] : there) p.has = yes ? Has(p.has | bit) : p.has;
-        p.want = Want((c.lse ? LSE : 0) | (c.invariant ? INVARIANT : 0));
+        p.want = Want((c.lse ? unsigned(LSE) : 0) | (c.invariant ? unsigned(INVARIANT) : 0));
         for (int64_t n = 0; n < c.batch; n++) {
             const size_t at = size_t(n);
             Frame f{n, n, 0, 0, c.q_len, c.kv_len, 0};

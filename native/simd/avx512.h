@@ -28,7 +28,9 @@ WORD __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 WORD __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 // x less the whole number below it, and x times two to the whole number below `power`.
 WORD __m512 fraction(__m512 x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+WORD __m512d fraction(__m512d x) { return _mm512_reduce_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 WORD __m512 times_power(__m512 x, __m512 power) { return _mm512_scalef_ps(x, power); }
+WORD __m512d times_power(__m512d x, __m512d power) { return _mm512_scalef_pd(x, power); }
 template <class M>
 WORD bool any(M m) {
     return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
