@@ -646,6 +646,7 @@ class Fold {
     }
 
     const char* isa() const { return machine_.name; }
+    bool steady() const { return tilefold::is_steady(problem_, kernels_); }
     const tilefold::Problem& problem() const { return problem_; }
 
    private:
@@ -992,6 +993,7 @@ NB_MODULE(_core, m) {
              "kv_dtype"_a, "acc_dtype"_a, "scale"_a, "softcap"_a.none(), "dropout"_a, "band"_a, "layout"_a,
              "has"_a, "want"_a)
         .def_prop_ro("isa", &Fold::isa, "The machine whose kernels run.")
+        .def_prop_ro("steady", &Fold::steady, "Whether rows have the bits that each has alone.")
         .def("plan", &Fold::plan, "threads"_a,
              "Choose: (query rows of a tile, keys of a block, splits, workers, bytes of workspace).")
         .def("resize", &Fold::resize, "tile_rows"_a, "block_k"_a, "splits"_a, "workers"_a,

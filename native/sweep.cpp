@@ -287,6 +287,8 @@ const Kernels& of_call(const Problem& p, const Kernels& k) {
 
 }  // namespace
 
+bool is_steady(const Problem& p, const Kernels& kernels) { return !of_call(p, kernels).steady; }
+
 Settings plan(const Problem& p, const Kernels& kernels, int threads) {
     const Kernels& k = of_call(p, kernels);
     Settings s{};

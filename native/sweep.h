@@ -66,6 +66,9 @@ struct Selection {
     const int64_t *region_lo = nullptr, *region_hi = nullptr;
 };
 
+// Whether the kernels of a call give its rows the bits that each has alone (`Kernels::steady`).
+bool is_steady(const Problem& p, const Kernels& kernels);
+
 // The best settings, at most `threads` workers.
 Settings plan(const Problem& p, const Kernels& kernels, int threads);
 

@@ -94,7 +94,8 @@ def attention(
             prefill; refused by backends that cannot. The native core does so in any case, but where a machine has
             AMX: float32 and float16 are multiplied in tiles there where a sequence has more than 64 query rows (the
             heads that share a key head counted), in other bits and about 1.4 times as fast, and up to 8 rows over
-            int8 and int4 as integers. Batch, packing, pages, plans' threads never matter.
+            int8 and int4 as integers. `explain` says where numbers are sums of bfloat16. Batch, packing, pages and
+            threads never matter.
         backend: "auto", or the name of one that must do it.
         plan: a plan from `explain` to use again.
 

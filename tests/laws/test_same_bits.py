@@ -386,6 +386,17 @@ def test_invariant_is_so_where_nobody_asks(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len", [16, 17])
+def test_explain_says_where_bits_are_those_of_many_rows(q_len, dtype):
+    """Four heads on a key head: 64 rows are few."""
+    x = made("plain", dtype, 8, 2, q_len, 70)
+    for invariant in (False, True):
+        plan = tf.explain(x.q, x.k, x.v, backend="native", invariant=invariant).plan
+        many = plan.isa == "avx512_amx" and not (invariant or is_steady(q_len, 4, dtype))
+        assert ("sums of bfloat16" in plan.note) == many
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", [*ORDERS, None])
 def test_the_call_without_options_takes_no_other_way(order, dtype):
     """A repeated call that asks for nothing is recognised without being checked again."""

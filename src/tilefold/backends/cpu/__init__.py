@@ -173,6 +173,8 @@ def _fold_of(p: Problem) -> Any:
 def _plan(p: Problem, fold: Any, settings: tuple[int, int, int, int, int]) -> Plan:
     tile_rows, block_k, splits, workers, workspace = settings
     note = f"tiles of {tile_rows} query rows, {workers} threads"
+    if not fold.steady:
+        note += ", numbers as sums of bfloat16"
     block_q = -(-tile_rows // max(p.group, 1))
     return Plan(p, "native", fold.isa, block_q, block_k, splits, workers, workspace, note)
 
