@@ -1065,7 +1065,8 @@ def test_what_is_returned():
     for return_lse in (False, True):
         three = tf.attention(q, k, v, probes=[KeyMass()], return_lse=return_lse)
         assert [type(x) for x in three] == [np.ndarray, np.ndarray, tf.Seen]
-        assert np.array_equal(three[1], pair[1])
+        few = 4 * np.finfo(float).eps  # a probe of one's own is shown its tiles by NumPy
+        assert np.allclose(three[1], pair[1], rtol=few)
         assert vars(three[2]).keys() == {"key_mass"}
     given = np.empty_like(out)
     assert tf.attention(q, k, v, out=given, return_lse=True)[0] is given
