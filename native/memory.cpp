@@ -10,7 +10,7 @@
 namespace tilefold {
 namespace {
 
-constexpr int64_t PAGE = 4096, KEPT = 32 << 20;
+constexpr int64_t PAGE = 4096, KEPT = 20 << 20;
 
 struct Kept {
     char* data;

@@ -110,7 +110,11 @@ def test_causal_from_1k_to_64k(backend):
     far = 65536 if backend == "native" else 16384
     peaks = {n: peak(n, "causal", backend) for n in (1024, 8192, far)}
     results = {n: n * 17 * 4 for n in peaks}
-    assert (peaks[far] - results[far]) - (peaks[8192] - results[8192]) < 0.2e6, peaks
+    more = (peaks[far] - results[far]) - (peaks[8192] - results[8192])
+    in_pieces = tf.explain(*np.zeros((3, 1, 100, 16), np.float32), backend=backend).plan.isa == "avx512_amx"
+    if in_pieces:
+        assert max(peaks[n] - results[n] for n in peaks) < 17 * MIB, peaks
+    assert (more if in_pieces else abs(more)) < 0.2e6, peaks
 
 
 def test_64k_tokens_take_under_64_mib():
