@@ -14,7 +14,7 @@ const Kernels* watched;
 int64_t scratch_bytes;
 
 // Those of a sequence of few rows, or those of the call.
-template <auto kernel, bool STEADY = true>
+template <auto kernel, bool STEADY>
 void watch(const Call& c, const Unit& u, const Piece& p, Worker& w) {
     char* const end = w.scratch + scratch_bytes;
     blank(w.scratch, scratch_bytes);
@@ -24,50 +24,59 @@ void watch(const Call& c, const Unit& u, const Piece& p, Worker& w) {
                                                           : "a tile wrote beyond the end of its scratch");
 }
 
+template <bool STEADY>
 void watch_gradient(const Call& c, const Unit& u, const GradCall& g, const GradUnit& to, const GradPiece& p,
                     Worker& w) {
     char* const end = w.scratch + scratch_bytes;
     blank(w.scratch, scratch_bytes);
     guard(end);
-    steady(*watched).grad(c, u, g, to, p, w);
+    (STEADY ? steady(*watched) : *watched).grad(c, u, g, to, p, w);
     expect(unguard(end), "a gradient wrote beyond the end of its scratch");
 }
 
+template <bool STEADY>
 void watch_taps(const Call& c, const Unit& u, const KeyTaps& taps, const TapPiece& p, Worker& w) {
     char* const end = w.scratch + scratch_bytes;
     blank(w.scratch, scratch_bytes);
     guard(end);
-    steady(*watched).tap(c, u, taps, p, w);
+    (STEADY ? steady(*watched) : *watched).tap(c, u, taps, p, w);
     expect(unguard(end), "taps wrote beyond the end of their scratch");
 }
 
+// Either table asks for the scratch of both, so that it does not matter which is asked last.
+template <bool STEADY>
+void watch_table(Kernels& k) {
+    k.scratch = [](const Call& c, int64_t rows) {
+        const int64_t own = watched->scratch(c, std::min<int64_t>(rows, watched->most_rows));
+        return (scratch_bytes = std::max(own, steady(*watched).scratch(c, rows))) + GUARD;
+    };
+    k.tile = watch<&Kernels::tile, STEADY>;
+    if (k.row) k.row = watch<&Kernels::row, STEADY>;
+    if (k.codes) k.codes = watch<&Kernels::codes, STEADY>;
+    k.grad_scratch = [](const Call& c) {
+        return (scratch_bytes =
+                    aligned(std::max(watched->grad_scratch(c), steady(*watched).grad_scratch(c)))) +
+               GUARD;
+    };
+    k.grad = watch_gradient<STEADY>;
+    k.tap_scratch = [](const Call& c, const KeyTaps& taps) {
+        return (scratch_bytes =
+                    aligned(std::max(watched->tap_scratch(c, taps), steady(*watched).tap_scratch(c, taps)))) +
+               GUARD;
+    };
+    k.tap = watch_taps<STEADY>;
+}
+
 Kernels watch_kernels(const Kernels& kernels) {
+    static Kernels few;
     watched = &kernels;
     Kernels k = kernels;
-    static Kernels few;
-    if (k.steady) {  // which is asked for its scratch first
-        few = steady(kernels);
+    if (k.steady) {
+        few = *k.steady;
+        watch_table<true>(few);
         k.steady = &few;
-        k.tile = watch<&Kernels::tile, false>;
-        k.scratch = [](const Call& c, int64_t rows) {
-            return (scratch_bytes = std::max(scratch_bytes, watched->scratch(c, rows))) + GUARD;
-        };
     }
-    Kernels& all = k.steady ? few : k;
-    all.scratch = [](const Call& c, int64_t rows) {
-        return (scratch_bytes = steady(*watched).scratch(c, rows)) + GUARD;
-    };
-    all.tile = watch<&Kernels::tile>;
-    all.row = watch<&Kernels::row>;
-    if (all.codes) all.codes = watch<&Kernels::codes>;
-    all.grad_scratch = [](const Call& c) {
-        return (scratch_bytes = aligned(steady(*watched).grad_scratch(c))) + GUARD;
-    };
-    all.grad = watch_gradient;
-    all.tap_scratch = [](const Call& c, const KeyTaps& taps) {
-        return (scratch_bytes = aligned(steady(*watched).tap_scratch(c, taps))) + GUARD;
-    };
-    all.tap = watch_taps;
+    watch_table<false>(k);
     return k;
 }
 
